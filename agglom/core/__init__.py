@@ -1,0 +1,1 @@
+"""The pure core: tensors in, tensors out. Imports torch, einops and the standard library only."""

@@ -1,0 +1,129 @@
+"""The nouns of the engine, without behaviour.
+
+Shape suffixes: B batch, C channels, H W pixels, N patches, D width, T columns of the loss table, G groups, L labels.
+NamedTuples cross the DeepSpeed engine (ZeRO-3 hooks see into tuples and dicts); frozen dataclasses everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Batch(NamedTuple):
+    """Images on their way to the student and its teachers.
+
+    `pixels_BCHW` lies in [0, 1]; `row_B` indexes the manifest; `view_B` seeds the augmentation (−1: none);
+    `group_B` is the group id (−1: not annotated); `label_BL` holds 0, 1 or NaN (unknown).
+    """
+
+    pixels_BCHW: Tensor
+    row_B: Tensor
+    view_B: Tensor
+    group_B: Tensor
+    label_BL: Tensor | None = None
+
+
+class Features(NamedTuple):
+    """What every encoder returns: one summary vector and a row-major grid of patch tokens, either may be absent."""
+
+    summary_BD: Tensor | None
+    patches_BND: Tensor | None
+    grid: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Widths of the summary and of the patch tokens; None where the encoder has no such output."""
+
+    summary: int | None
+    patches: int | None
+
+
+@dataclass(frozen=True)
+class PixelSpec:
+    """What an encoder expects of its pixels. Its module applies `mean` and `std` itself, to input in [0, 1].
+
+    `size` pins the side of the square input; None follows the stage, rounded to a multiple of `patch`.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    patch: int
+    size: int | None = None
+    channels: int = 3
+
+
+@dataclass(frozen=True)
+class Derived:
+    """How a teacher is computed from the features of another one (its source), so that both share one forward.
+
+    `fit` consumes (source features, attribute group id, −1 where not annotated) of the train patients in one pass
+    and stores its result in the buffers of the teacher's module; `attribute` names the column that it reads.
+    """
+
+    source: str
+    derive: Callable[[Features], Features]
+    attribute: str | None = None
+    fit: Callable[[Iterable[tuple[Features, Tensor]]], None] | None = None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen encoder. `encode` maps pixels in [0, 1] (B, C, H, W) to Features of the declared dims."""
+
+    module: nn.Module
+    encode: Callable[[Tensor], Features]
+    dims: Dims
+    pixels: PixelSpec
+    fingerprint: str
+    licence: str
+    derived: Derived | None = None
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trainable encoder: `module(pixels)` returns Features.
+
+    `backbone` is the bare network inside `module`; `recipe` is the JSON-serialisable description from which plain
+    timm builds it again (`architecture`, `model_args`, `pretrained_cfg`).
+    """
+
+    module: nn.Module
+    backbone: nn.Module
+    dims: Dims
+    pixels: PixelSpec
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+class LossTable(NamedTuple):
+    """The waist: the loss of each sample under each column (teacher, kind), before any weighting.
+
+    `loss_BT` is finite where `valid_BT` is true; invalid cells weigh nothing and carry no gradient.
+    """
+
+    loss_BT: Tensor
+    valid_BT: Tensor
+
+
+class CellStats(NamedTuple):
+    """Additive sums of the table per cell; the last row of each (index G) collects samples without annotation."""
+
+    sum_GT: Tensor
+    count_GT: Tensor
+
+
+@dataclass(frozen=True)
+class Balancer:
+    """A pure triple. `state` is a dict of tensors, so that it can be saved and resumed.
+
+    `init() -> state`; `weigh(state, table, group_B, generator) -> w_BT` reads the state only and needs no
+    collective; `update(state, stats) -> state` runs once per optimizer step on sums over all micro-batches and ranks.
+    """
+
+    init: Callable[[], dict[str, Tensor]]
+    weigh: Callable[..., Tensor]
+    update: Callable[[dict[str, Tensor], CellStats], dict[str, Tensor]]

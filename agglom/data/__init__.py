@@ -1,0 +1,1 @@
+"""Images and their table: manifest, readers, data set, sampler."""

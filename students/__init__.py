@@ -1,0 +1,1 @@
+"""Students: one file, one kind, one function `build(*, ...) -> Student`."""

@@ -1,0 +1,1 @@
+"""Teachers: one file, one kind, one function `build(*, ...) -> Teacher`."""
