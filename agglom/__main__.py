@@ -1,0 +1,7 @@
+"""`python -m agglom` is `agglom`."""
+
+import sys
+
+from agglom.cli import main
+
+sys.exit(main())

@@ -1,0 +1,198 @@
+"""From a job to the objects of a run: manifest, plan, groups, teachers, the student and its heads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agglom import __version__, plan, plugins
+from agglom.config import Job
+from agglom.core import groups, losses
+from agglom.core.groups import GroupSpace
+from agglom.core.heads import Distiller
+from agglom.core.losses import Column
+from agglom.core.types import Batch, Dims, Student, Teacher
+from agglom.data import manifest as manifests
+from agglom.data.dataset import CLEAN, ImageDataset
+from agglom.data.manifest import Manifest
+from agglom.data.sampler import loader
+from agglom.errors import CacheError, ConfigError, DataError, Interrupted, PluginError
+from agglom.plan import Plan
+from agglom.runtime import StopRequest, World
+
+IDENTITY = "agglom.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every part of a run needs to know. Teachers are in the order of their names, so their order in the
+    configuration changes nothing."""
+
+    job: Job
+    base: Path
+    out: Path
+    world: World
+    manifest: Manifest
+    plan: Plan
+    spaces: dict[str, GroupSpace]
+    teachers: dict[str, Teacher]
+    stop: StopRequest
+
+    @property
+    def balance_space(self) -> GroupSpace:
+        """The groups that the balancer acts on; without any, everybody is one."""
+        if self.job.balance.group:
+            return self.spaces[self.job.balance.group]
+        return GroupSpace("", ("all",), torch.zeros(len(self.manifest), dtype=torch.int64))
+
+    @property
+    def targets(self) -> dict[str, Dims]:
+        """What the student predicts: the outputs of the teachers of any stage whose loss has a weight."""
+        loss, wanted = self.job.loss, {name for stage in self.plan.stages for name in stage.teachers}
+        return {
+            name: Dims(
+                teacher.dims.summary if loss.summary_weight else None,
+                teacher.dims.patches if loss.patches_weight else None,
+            )
+            for name, teacher in self.teachers.items()
+            if name in wanted
+        }
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of the loss table."""
+        weights = {name: spec.weight for name, spec in self.job.teachers.items()}
+        return losses.columns(self.targets, weights, self.job.loss.summary_weight, self.job.loss.patches_weight)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must be equal for a checkpoint or stored features to belong to this run."""
+        settings = asdict(self.job)
+        del settings["log"]  # what is printed changes no number
+        settings["evaluate"] = {key: settings["evaluate"][key] for key in ("size", "probe_images", "fvu_images")}
+        settings["data"] |= {"manifest": "", "root": "", "workers": 0}  # the manifest's digest speaks for them
+        return (
+            {f"config.{key}": _digest(value) for key, value in settings.items()}
+            | {"manifest": self.manifest.digest, "agglom": __version__}
+            | {f"teacher {name}": teacher.fingerprint for name, teacher in self.teachers.items()}
+        )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def assemble(job: Job, base: Path, out: Path, world: World, stop: StopRequest) -> Run:
+    """Read the manifest, resolve the plan, build the teachers.
+
+    Raises:
+        ConfigError, PluginError, DataError: on every rank alike.
+    """
+    manifest, resolved, spaces, teachers = world.attempt(lambda: _parts(job, base, world))
+    return Run(job, base, out, world, manifest, resolved, spaces, teachers, stop)
+
+
+def _parts(job: Job, base: Path, world: World) -> tuple[Manifest, Plan, dict[str, GroupSpace], dict[str, Teacher]]:
+    manifest = manifests.load(job.data, base)
+    resolved = plan.resolve(job, base, world.size, manifest)
+    wanted = [*job.data.groups, *([job.balance.group] if job.balance.group else [])]
+    wanted += [spec.options["attribute"] for spec in job.teachers.values() if "attribute" in spec.options]
+    spaces = {name: groups.encode(name, manifest.attributes) for name in dict.fromkeys(wanted)}
+    if job.balance.group and not spaces[job.balance.group].values:
+        raise ConfigError(
+            f"balance.group: nobody is annotated with {job.balance.group!r} in {manifest.path}; "
+            "choose another attribute, or balance.kind: uniform without a group"
+        )
+    return manifest, resolved, spaces, build_teachers(job, world.device)
+
+
+def build_teachers(job: Job, device: torch.device) -> dict[str, Teacher]:
+    """All teachers of a job, sources before what is derived from them, then in the order of their names."""
+    built: dict[str, Teacher] = {}
+
+    def build(name: str) -> Teacher:
+        if name not in built:
+            spec = job.teachers[name]
+            source = {} if spec.source is None else {"source": build(spec.source), "source_name": spec.source}
+            teacher = plugins.build(spec.kind, "teachers", spec.options, **source)
+            if not isinstance(teacher, Teacher):
+                raise PluginError(f"teachers.{name}: build() returned {type(teacher).__name__}, expected a Teacher")
+            teacher.module.to(device).eval().requires_grad_(False)
+            built[name] = teacher
+        return built[name]
+
+    for name in sorted(job.teachers):
+        build(name)
+    return {name: built[name] for name in sorted(built)}
+
+
+def build_student(job: Job) -> Student:
+    """The student, with the seed of the job: equal on all ranks."""
+    torch.manual_seed(job.seed)
+    options = dict(job.student.options)
+    student = plugins.build(job.student.kind, "students", options)
+    if not isinstance(student, Student):
+        raise PluginError(f"student: build() returned {type(student).__name__}, expected a Student")
+    return student
+
+
+def build_distiller(run: Run, student: Student) -> Distiller:
+    """The student with one head per teacher and token kind."""
+    torch.manual_seed(run.job.seed + 1)
+    try:
+        return Distiller(student.module, student.dims, run.targets, run.job.heads.hidden, run.job.heads.depth)
+    except ValueError as error:
+        raise PluginError(f"student: {error}") from error
+
+
+def batches(run: Run, rows_N: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, Batch | None]]:
+    """Clean views of `rows_N` in chunks of `evaluate.batch`, dealt out to the ranks in turn.
+
+    Every rank takes part in every round: where it has no chunk left it gets None. The chunks do not depend on the
+    number of ranks. An image that cannot be read is an error on all of them.
+    """
+    data, world, step = run.job.data, run.world, run.job.evaluate.batch
+    nobody_N = np.full(len(run.manifest), -1)
+    dataset = ImageDataset(run.manifest, rows_N, size, None, nobody_N, run.job.seed, data.value_range)
+    chunks = [rows_N[start : start + step] for start in range(0, len(rows_N), step)]
+    mine = chunks[world.rank :: world.size]
+    source = loader(dataset, [[(int(row), CLEAN) for row in chunk] for chunk in mine], data.workers)
+    for turn in range(math.ceil(len(chunks) / world.size)):
+        batch = world.attempt(lambda: next(source, None))
+        (stopping,) = world.any(bool(run.stop))
+        if stopping:
+            raise Interrupted("interrupted during an evaluation: the same command goes on from the last checkpoint")
+        yield (mine[turn] if turn < len(mine) else rows_N[:0]), batch
+
+
+def gathered(run: Run, pieces: Iterable[Any]) -> Iterator[Any]:
+    """On rank 0: the pieces of all ranks in the order of the chunks, None left out. Elsewhere: drives the rounds."""
+    for piece in pieces:
+        for value in run.world.gather_main(piece) or ():
+            if value is not None:
+                yield value
+
+
+def check_identity(identity: dict[str, str], checkpoint: Path) -> None:
+    """Refuse a checkpoint of another job, naming the field that differs (Rulings 19).
+
+    Raises DataError for what is no checkpoint, CacheError for one of another job.
+    """
+    try:
+        stored = json.loads((checkpoint / IDENTITY).read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{checkpoint}: not a checkpoint of agglom: {IDENTITY} cannot be read ({error})") from error
+    for key, now in identity.items():
+        if stored.get(key) != now:
+            raise CacheError(
+                f"{checkpoint}: belongs to another job: {key} was {stored.get(key, 'absent')} and is {now}; "
+                "restore that setting, or choose another --out to start over"
+            )

@@ -1,0 +1,270 @@
+"""The command line: a few verbs, few flags, everything else is in the configuration file.
+
+Imports nothing heavy, so that a wrong configuration is answered in under a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from agglom import __version__
+from agglom.errors import AgglomError, ConfigError, DataError, Interrupted, PluginError
+
+VERBS = {
+    "plan": "resolve stages, steps, batches and groups, print them and stop",
+    "distill": "train the student, evaluate after each stage, export",
+    "evaluate": "evaluate the teachers and the last student of a run again",
+    "compare": "print the paired table of student and teachers from a run's last report",
+    "export": "write the student of a run as safetensors, with a model card",
+    "list": "show the plug-ins there are, with their options",
+    "check": "run the contract suite on a plug-in",
+}
+LAUNCHED = ("--local_rank", "--deepspeed")
+# An issue may add rows for its own verb; a test holds the rest.
+FLAGS: dict[str, tuple[str, ...]] = {
+    "plan": ("--config", "--set", "--out", "--debug", "--deepspeed_config", "--world", "--params"),
+    "distill": ("--config", "--set", "--out", "--resume", "--debug", "--deepspeed_config", *LAUNCHED),
+    "evaluate": ("--config", "--set", "--out", "--debug", "--deepspeed_config", *LAUNCHED),
+    "compare": ("--out", "--debug", *LAUNCHED),
+    "export": ("--config", "--set", "--out", "--debug", *LAUNCHED),
+    "list": ("--debug",),
+    "check": ("--config", "--set", "--debug"),
+}
+_ARGUMENTS: dict[str, dict[str, object]] = {
+    "--config": {"metavar": "FILE", "help": "the job, a YAML file (default: OUT/config.yaml where a run left one)"},
+    "--set": {"metavar": "KEY.PATH=VALUE", "action": "append", "default": [], "help": "change one value; repeatable"},
+    "--out": {"metavar": "OUT", "help": "the folder of the run"},
+    "--resume": {
+        "metavar": "{auto,never,PATH}",
+        "default": "auto",
+        "help": "go on from the last checkpoint in OUT if there is one (default), never, or from this checkpoint",
+    },
+    "--debug": {"action": "store_true", "help": "show the traceback of an error"},
+    "--deepspeed_config": {"metavar": "FILE", "help": "DeepSpeed's own keys as JSON, merged under engine.deepspeed"},
+    "--world": {"type": int, "default": 1, "metavar": "N", "help": "plan for N ranks (default 1)"},
+    "--params": {"action": "store_true", "help": "count the student's parameters, too (imports torch)"},
+    "--local_rank": {"type": int, "default": 0, "help": argparse.SUPPRESS},
+    "--deepspeed": {"action": "store_true", "help": argparse.SUPPRESS},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit status (see `agglom.errors`); no error of the user's shows a traceback."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return _RUN[arguments.verb](arguments)
+    except AgglomError as error:
+        return _report(error, arguments.debug)
+    except KeyboardInterrupt:
+        return _report(Interrupted("interrupted"), arguments.debug)
+    except BrokenPipeError:
+        # Whoever read the output has left; without this Python complains when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        file = f"{error.filename}: " if error.filename else ""
+        remedy = _REMEDIES.get(error.errno or 0, "check the path and its permissions")
+        return _report(DataError(f"{file}{error.strerror}; {remedy}"), arguments.debug)
+
+
+_FULL = "free space or choose another --out, then go on with --resume auto"
+_REMEDIES = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EROFS: "choose another --out", errno.EIO: "the disk fails"}
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _report(error: AgglomError, debug: bool) -> int:
+    # All ranks read the same configuration, so one says what is wrong with it; data may fail on one alone.
+    if _rank() == 0 or not isinstance(error, (ConfigError, PluginError)):
+        if debug:
+            traceback.print_exc()
+        rank = f" (rank {_rank()})" if _rank() else ""
+        print(f"agglom{rank}: {error}", file=sys.stderr, flush=True)
+    return error.exit_status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="agglom", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"agglom {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, summary in VERBS.items():
+        sub = verbs.add_parser(verb, help=summary, description=summary, allow_abbrev=False)
+        if verb == "list":
+            sub.add_argument("what", choices=("teachers", "students", "balancers"))
+        if verb == "check":
+            sub.add_argument(
+                "plugin", nargs="?", help="a kind (teachers/timm, students/timm), a file or module:function"
+            )
+        for flag in FLAGS[verb]:
+            sub.add_argument(flag, **_ARGUMENTS[flag])  # type: ignore[arg-type]
+    return parser
+
+
+# ── Arguments ──
+
+
+def _out(arguments: argparse.Namespace) -> Path:
+    """The folder of the run, made if need be and seen to be writable before any work is done for it."""
+    if not arguments.out:
+        raise ConfigError(f"{arguments.verb}: --out is missing; name the folder of the run")
+    out = Path(arguments.out).absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot write there ({error.strerror}); choose another folder") from error
+    return out
+
+
+def _load(arguments: argparse.Namespace, out: Path | None = None):
+    from agglom import config
+
+    path = arguments.config
+    if path is None and out is not None and (out / "config.yaml").is_file():
+        path = out / "config.yaml"
+    if path is None:
+        raise ConfigError(f"{arguments.verb}: --config is missing; name a configuration, for example configs/demo.yaml")
+    return config.load(path, arguments.set, deepspeed_config=getattr(arguments, "deepspeed_config", None))
+
+
+def _run_folder(arguments: argparse.Namespace) -> Path:
+    """The folder of a run that exists."""
+    if arguments.out and not Path(arguments.out).is_dir():
+        raise ConfigError(f"--out {arguments.out}: there is no run; name the folder that `agglom distill` wrote")
+    return _out(arguments)
+
+
+# ── Verbs ──
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    out = _out(arguments) if arguments.out else None
+    if arguments.world < 1:
+        raise ConfigError(f"--world {arguments.world}: a run has at least 1 rank")
+    job, base = _load(arguments)
+    from agglom import config, plan
+    from agglom.data import manifest as manifests
+
+    config.deepspeed(job, arguments.world)
+    manifest = manifests.load(job.data, base)
+    text = plan.render(plan.resolve(job, base, arguments.world, manifest), job, manifest)
+    if arguments.params:
+        text += _parameters(job)
+    if out:
+        (out / "plan.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+    return 0
+
+
+def _parameters(job) -> str:
+    """Parameters of the student, built on the meta device: no weights, no memory, no network."""
+    import torch
+
+    from agglom import plugins
+
+    bare = {"pretrained": False, "checkpoint": None}
+    options = job.student.options | {key: bare[key] for key in bare if key in job.student.options}
+    with torch.device("meta"):
+        student = plugins.build(job.student.kind, "students", options)
+    count = sum(parameter.numel() for parameter in student.module.parameters())
+    # fp32 weights and two Adam moments; bf16 keeps them all and a half-width copy.
+    size = count * (12 if job.engine.precision == "fp32" else 14) / 2**20
+    return (
+        f"\n## Student\n\n{count / 1e6:.2f} M parameters without heads, summary {student.dims.summary}, patches "
+        f"{student.dims.patches}; a checkpoint takes {size:.0f} MiB and the heads.\n"
+    )
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    out = _out(arguments)
+    job, base = _load(arguments)
+    from agglom import train
+
+    train.distill(job, base, out, resume=arguments.resume)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    out = _run_folder(arguments)
+    job, base = _load(arguments, out)
+    from agglom import evaluate
+
+    evaluate.main(job, base, out)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    if _rank() == 0:
+        out = _run_folder(arguments)
+        from agglom import report
+
+        print(report.compare(out))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    if _rank() == 0:
+        out = _run_folder(arguments)
+        job, base = _load(arguments, out)
+        from agglom import export
+
+        export.main(job, base, out)
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from agglom import plugins
+
+    for kind in plugins.available(arguments.what):
+        signature = plugins.schema(kind, arguments.what)
+        print(f"{kind}: {signature.doc.splitlines()[0] if signature.doc else ''}")
+        for name, option in signature.options.items():
+            if name not in plugins.INJECTED[arguments.what]:
+                print(f"    {name}: {option}")
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    if (arguments.plugin is None) == (arguments.config is None):
+        raise ConfigError("check: name a plug-in (agglom check teachers/timm --set model=…) or a job with --config")
+    if arguments.config:
+        job, _ = _load(arguments)
+        from agglom import testing
+
+        print(testing.check_job(job))
+        return 0
+    from agglom import config, plugins
+
+    kind, package = plugins.place(arguments.plugin)
+    options = config.options(arguments.set)
+    plugins.check(plugins.schema(kind, package), options, plugins.INJECTED[package])
+    from agglom import testing
+
+    print(testing.check(kind, package, options))
+    return 0
+
+
+_RUN: dict[str, Callable[[argparse.Namespace], int]] = {
+    "plan": _plan,
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "export": _export,
+    "list": _list,
+    "check": _check,
+}

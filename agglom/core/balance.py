@@ -1,0 +1,138 @@
+"""How much each cell (teacher × group) weighs: pure triples (init, weigh, update) over the loss table.
+
+The objective is Σ_g q_g·ℓ_g. A sample i of group g, drawn with probability in proportion to the group's share p_g,
+therefore weighs w = q_g / (p_g·B), B the global batch (Ruling 6): in expectation the gradient is that of the objective,
+whatever the groups of one batch. A sample without annotation weighs the neutral 1/B. Σ q = Σ p over the groups.
+
+Shape suffixes: B batch, T columns of the table, G groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agglom.core.types import Balancer, CellStats, LossTable
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What a balancer knows of the job.
+
+    `share_G`: each group's share under the sampler, over all rows, those without annotation included. `teacher_T`:
+    column → teacher index (int64). `batch`: the global batch. `rows`: training rows, for a generalisation adjustment.
+    Tensors lie on the device of the table, and so does the state.
+    """
+
+    share_G: Tensor
+    teacher_T: Tensor
+    batch: int
+    rows: int = 0
+
+
+def uniform(*, cells: Cells) -> Balancer:
+    """Every sample weighs 1/B, exactly as without a balancer."""
+
+    def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return torch.full_like(table.loss_BT, 1 / cells.batch)
+
+    return Balancer(dict, weigh, lambda state, stats: state)
+
+
+def inverse_frequency(*, cells: Cells, power: float = 1.0, cap: float = 10.0) -> Balancer:
+    """q_g ∝ p_g^(1 − power): power 1 counts all groups alike, 0 is uniform. No sample exceeds `cap` times neutral.
+
+    Raises ValueError unless power ≥ 0 and cap ≥ 1.
+    """
+    _require("inverse_frequency", power=(power, power >= 0, "≥ 0"), cap=(cap, cap >= 1, "≥ 1"))
+    share_G = cells.share_G.double()
+    q_G = torch.where(share_G > 0, share_G ** (1 - power), 0.0)
+    q_G = _capped(q_G, share_G, cap)
+    return Balancer(lambda: {"q_G": q_G.clone()}, _weigh_by_group(cells), lambda state, stats: state)
+
+
+def group_dro(
+    *, cells: Cells, eta: float = 0.01, ema: float = 0.1, adjustment: float = 0.0, cap: float = 10.0
+) -> Balancer:
+    """Group DRO on the distillation loss: q_g ← q_g·exp(η·(ℓ̄_g + C/√n_g)), normalised (Sagawa 2020; 2311.00476).
+
+    ℓ̄_g: the teachers' losses (columns summed) averaged over the teachers of the step, as a moving average in which a
+    new value counts `ema`. C is `adjustment`, n_g the training rows of the group. q starts at the shares, so training
+    starts uniform; a group absent from a step keeps its weight and the others share theirs; q_g ≤ `cap`·p_g.
+    State: `q_G`; `loss_GT`, the moving average of each cell, 0 where `seen_GT` is false.
+    Raises ValueError unless η ≥ 0, 0 < ema ≤ 1, adjustment ≥ 0 (with `cells.rows`), cap ≥ 1.
+    """
+    _require(
+        "group_dro",
+        eta=(eta, eta >= 0, "≥ 0"),
+        ema=(ema, 0 < ema <= 1, "in (0, 1]"),
+        adjustment=(adjustment, adjustment == 0 or (adjustment > 0 and cells.rows > 0), "≥ 0, with cells.rows > 0"),
+        cap=(cap, cap >= 1, "≥ 1"),
+    )
+    share_G = cells.share_G.double()
+    bonus_G = adjustment / (share_G * max(1, cells.rows)).sqrt() if adjustment else torch.zeros_like(share_G)
+    teachers = int(cells.teacher_T.max()) + 1
+
+    def init() -> State:
+        loss_GT = share_G.new_zeros(len(share_G), len(cells.teacher_T))
+        return {"q_G": share_G.clone(), "loss_GT": loss_GT, "seen_GT": torch.zeros_like(loss_GT, dtype=torch.bool)}
+
+    def update(state: State, stats: CellStats) -> State:
+        sum_GT, count_GT = stats.sum_GT[:-1], stats.count_GT[:-1]
+        seen_GT, now_GT = state["seen_GT"], count_GT > 0
+        mean_GT = sum_GT / count_GT.clamp(min=1)
+        moved_GT = torch.where(seen_GT, torch.lerp(state["loss_GT"], mean_GT, ema), mean_GT)
+        loss_GT = torch.where(now_GT, moved_GT, state["loss_GT"])
+        seen_GT = seen_GT | now_GT
+        # Only the columns of this step, whose teachers take part, and only groups whose mean over them is known.
+        active_T = now_GT.any(0)
+        active = share_G.new_zeros(teachers).index_add(0, cells.teacher_T, active_T.double()).count_nonzero()
+        loss_G = (loss_GT * active_T).sum(1) / active.clamp(min=1)
+        ready_G = now_GT.any(1) & (seen_GT | ~active_T).all(1)
+        mass_G = torch.where(ready_G, state["q_G"], 0.0)
+        # The largest exponent is subtracted: it cancels in the normalisation, and exp cannot overflow.
+        exponent_G = torch.where(ready_G, eta * (loss_G + bonus_G), -torch.inf)
+        tilted_G = mass_G * torch.exp(exponent_G - exponent_G.max().clamp(min=torch.finfo(torch.float64).min))
+        q_G = _capped(tilted_G, torch.where(ready_G, share_G, 0.0), cap, mass_G.sum())
+        return {"q_G": torch.where(ready_G, q_G, state["q_G"]), "loss_GT": loss_GT, "seen_GT": seen_GT}
+
+    return Balancer(init, _weigh_by_group(cells), update)
+
+
+def _weigh_by_group(cells: Cells) -> Callable[..., Tensor]:
+    """weigh(): q_g/(p_g·B) from the state's `q_G`, 1/B without annotation or in a group that has no rows."""
+    share_G = cells.share_G.double()
+
+    def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        ratio_G = torch.where(share_G > 0, state["q_G"] / share_G, 1.0)
+        ratio_B = torch.where(group_B < 0, 1.0, ratio_G[group_B.clamp(min=0)])
+        return (ratio_B / cells.batch).to(table.loss_BT.dtype)[:, None].expand_as(table.loss_BT)
+
+    return weigh
+
+
+def _capped(q_G: Tensor, share_G: Tensor, cap: float, total: Tensor | None = None) -> Tensor:
+    """q scaled to the sum `total` (of the shares, by default) with q ≤ cap·share; the rest take what the cap cuts."""
+    total = share_G.sum() if total is None else total
+    over_G = torch.zeros_like(q_G, dtype=torch.bool)
+    scaled_G = q_G
+    # Each round caps at least one more group or changes nothing.
+    for _ in range(len(q_G)):
+        room = total - torch.where(over_G, cap * share_G, 0.0).sum()
+        free = torch.where(over_G, 0.0, q_G).sum()
+        scale = room / free.clamp(min=torch.finfo(torch.float64).tiny)
+        scaled_G = torch.where(over_G, cap * share_G, q_G * scale)
+        over_G = over_G | (scaled_G > cap * share_G)
+    return torch.minimum(scaled_G, cap * share_G)
+
+
+def _require(kind: str, **options: tuple[float, bool, str]) -> None:
+    """One ValueError that lists each option out of range."""
+    wrong = [f"{name} is {value}, expected {range}" for name, (value, fine, range) in options.items() if not fine]
+    if wrong:
+        raise ValueError(f"balance {kind}: {'; '.join(wrong)}")

@@ -1,0 +1,166 @@
+"""Losses per sample, and the table of them: the waist of the engine.
+
+Shape suffixes: B batch, N patches, D width, T columns of the table. Everything is computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from agglom.core.heads import resample
+from agglom.core.types import Dims, Features, LossTable
+
+EPSILON = 1e-6
+
+
+class Column(NamedTuple):
+    """A column of the table: the `kind` ("summary" or "patches") of one teacher, and its static weight."""
+
+    teacher: str
+    kind: str
+    weight: float = 1.0
+
+
+def columns(
+    teachers: Mapping[str, Dims],
+    weights: Mapping[str, float],
+    summary_weight: float = 1.0,
+    patches_weight: float = 1.0,
+) -> tuple[Column, ...]:
+    """One column for each output of each teacher, in the order given, weight = teacher's × kind's.
+
+    A teacher missing in `weights` counts 1. A weight of 0 means no column.
+    """
+    kinds = {"summary": summary_weight, "patches": patches_weight}
+    all_columns = (
+        Column(teacher, kind, weights.get(teacher, 1.0) * kind_weight)
+        for teacher, dims in teachers.items()
+        for kind, kind_weight in kinds.items()
+        if getattr(dims, kind) is not None
+    )
+    return tuple(column for column in all_columns if column.weight != 0)
+
+
+def teacher_index(columns: tuple[Column, ...]) -> Tensor:
+    """Column → index of its teacher, teachers numbered by first appearance (int64, T)."""
+    order = {teacher: index for index, teacher in enumerate(dict.fromkeys(column.teacher for column in columns))}
+    return torch.tensor([order[column.teacher] for column in columns], dtype=torch.int64)
+
+
+def _direction(x: Tensor) -> Tensor:
+    """Unit vectors along the last axis. A vector shorter than EPSILON has no direction: it stays about 0."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > EPSILON, norm, 1.0)
+
+
+def angle(x_BD: Tensor, y_BD: Tensor) -> Tensor:
+    """Angle between the vectors of the last axis, in radians, [0, π].
+
+    Θ = 2·atan2(‖u − v‖, ‖u + v‖) of the unit vectors u, v (Kahan): accurate at both ends, and its gradient is finite
+    at x = y and at x = −y, where that of arccos is not. A zero vector is at π/2 to everything.
+    """
+    u_BD, v_BD = _direction(x_BD), _direction(y_BD)
+    return 2 * torch.atan2(torch.linalg.vector_norm(u_BD - v_BD, dim=-1), torch.linalg.vector_norm(u_BD + v_BD, dim=-1))
+
+
+def _per_sample(loss: Tensor) -> Tensor:
+    """Mean over all axes but the first."""
+    return loss.flatten(1).mean(1)
+
+
+# One signature for all: (prediction, target, dispersion) → loss_B, over (B, D) summaries or (B, N, D) patches.
+# Only the angular loss uses the dispersion.
+
+
+def angular(x_BD: Tensor, y_BD: Tensor, dispersion: Tensor) -> Tensor:
+    """Θ(x, y)² / dispersion: the mean direction of the teacher scores 1 (L_angle, C-RADIOv4)."""
+    return angle(x_BD, y_BD).square() / dispersion
+
+
+def cosine(x: Tensor, y: Tensor, dispersion: Tensor | None = None) -> Tensor:
+    """1 − cos(x, y), averaged over the patches (AM-RADIO, arXiv 2312.06709). A zero vector scores 1."""
+    distance = 1 - (_direction(x) * _direction(y)).sum(-1, keepdim=True)
+    return _per_sample(distance)
+
+
+def mse(x: Tensor, y: Tensor, dispersion: Tensor | None = None) -> Tensor:
+    """Squared error averaged over dimensions and patches; 1 for the mean of a PHI-S target (arXiv 2410.01680)."""
+    return _per_sample((x - y).square())
+
+
+def smooth_l1(x: Tensor, y: Tensor, dispersion: Tensor | None = None) -> Tensor:
+    """Smooth L1 (β = 1) averaged over dimensions and patches (AM-RADIO, UNIC)."""
+    return _per_sample(F.smooth_l1_loss(x, y, reduction="none"))
+
+
+Loss = Callable[[Tensor, Tensor, Any], Tensor]
+SUMMARY: dict[str, Loss] = {"angular": angular, "cosine": cosine, "mse": mse}
+PATCHES: dict[str, Loss] = {"mse": mse, "cosine": cosine, "smooth_l1": smooth_l1}
+
+
+def _keep(x: Tensor, valid_B: Tensor) -> Tensor:
+    """Zero in invalid samples, with zero gradient even where x is NaN there."""
+    return torch.where(valid_B.view(-1, *[1] * (x.ndim - 1)), x, 0.0)
+
+
+def _tokens(features: Features, kind: str) -> Tensor:
+    """The summary or the patches, in float32. Raises ValueError if there are none."""
+    tokens = features.summary_BD if kind == "summary" else features.patches_BND
+    if tokens is None:
+        raise ValueError(f"features without {kind}, which a column of the table needs")
+    return tokens.float()
+
+
+def _pair(predicted: Features, target: Features, kind: str) -> tuple[Tensor, Tensor]:
+    """Prediction and target in float32, patches on the coarser of the two grids."""
+    x, y = _tokens(predicted, kind), _tokens(target, kind)
+    if kind == "summary":
+        return x, y
+    grid = min(predicted.grid[0], target.grid[0]), min(predicted.grid[1], target.grid[1])
+    return resample(x, predicted.grid, grid), resample(y, target.grid, grid)
+
+
+def table(
+    columns: tuple[Column, ...],
+    predicted: Mapping[str, Features],
+    targets: Mapping[str, Features],
+    present: Mapping[str, Tensor] | Set[str],
+    *,
+    summary: str,
+    patches: str,
+    dispersion: Mapping[str, Tensor],
+) -> LossTable:
+    """The loss of each sample under each column, static weights included.
+
+    `present` is the set of teachers of this batch, or maps each to a mask (bool, B) of the samples that it covers.
+    A column whose teacher lacks a target or is not present is invalid: 0, with a zero gradient to its head, so that
+    every head runs on every rank (ZeRO hangs otherwise). `dispersion[teacher]` scales the angular loss.
+    """
+    functions = {"summary": SUMMARY[summary], "patches": PATCHES[patches]}
+    loss_columns, valid_columns = [], []
+    for teacher, kind, weight in columns:
+        raw = _tokens(predicted[teacher], kind)
+        if teacher not in targets or teacher not in present:
+            valid_B = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
+            loss_B = _per_sample(raw)
+        else:
+            valid_B = torch.ones(len(raw), dtype=torch.bool, device=raw.device)
+            x, y = _pair(predicted[teacher], targets[teacher], kind)
+            if isinstance(present, Mapping):
+                valid_B = present[teacher]
+                x, y = _keep(x, valid_B), _keep(y, valid_B)
+            loss_B = weight * functions[kind](x, y, dispersion.get(teacher))
+        loss_B = _keep(loss_B, valid_B)
+        loss_columns.append(loss_B)
+        valid_columns.append(valid_B)
+    return LossTable(torch.stack(loss_columns, 1), torch.stack(valid_columns, 1))
+
+
+def objective(table: LossTable, w_BT: Tensor) -> Tensor:
+    """Σ w·loss over the valid cells. Invalid cells keep their path, with a zero gradient."""
+    return (w_BT.masked_fill(~table.valid_BT, 0.0) * table.loss_BT).sum()

@@ -1,0 +1,186 @@
+"""The student as others will load it: safetensors, a JSON configuration that timm understands, and a model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from agglom import __version__, evaluate, plugins, report
+from agglom.assemble import Run, assemble
+from agglom.config import Job
+from agglom.core import normalise
+from agglom.core.heads import Distiller
+from agglom.core.types import Dims, Student
+from agglom.engine import launched
+from agglom.errors import DataError
+from agglom.journal import disk
+from agglom.runtime import StopRequest
+from agglom.survey import survey
+from agglom.targets import Normaliser, input_size
+
+WEIGHTS, HEADS, SAMPLE, CONFIG, CARD = (
+    "model.safetensors",
+    "heads.safetensors",
+    "sample.safetensors",
+    "config.json",
+    "README.md",
+)
+TOLERANCE = 1e-5
+
+
+def main(job: Job, base: Path, out: Path) -> None:
+    """Export the student of the last checkpoint in `out`.
+
+    Raises DataError where there is no checkpoint, CacheError where it belongs to another job.
+    """
+    with launched() as world, StopRequest().listening() as stop:
+        run = assemble(job, base, out, world, stop)
+        _, student, plain = evaluate.last_student(run)
+        _, normalisers = survey(run)
+        write(out / "export", run, student, plain, normalisers, print)
+
+
+def write(
+    folder: Path,
+    run: Run,
+    student: Student,
+    model: Distiller,
+    normalisers: dict[str, Normaliser],
+    say: Callable[[str], None],
+) -> None:
+    """Write the export and reload it in a fresh process.
+
+    `student` shares its modules with `model`. Heads are written with the normaliser folded in: they emit the
+    teachers' raw features. Raises DataError when the reload differs by more than `TOLERANCE`.
+    """
+    model = copy.deepcopy(model).cpu().eval()
+    for key, head in model.heads.items():
+        name, kind = key.split(":")
+        affine = getattr(normalisers[name], kind)
+        if affine is not None:
+            head.last = normalise.fold(affine.__class__(*(t.cpu() for t in affine)), head.last)
+    size = run.plan.evaluate_size
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(run.job.seed))
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_plain(student.backbone.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(_plain(model.heads.state_dict()), folder / HEADS)
+        save_file(_plain({"pixels": pixels, **_outputs(model, pixels)}), folder / SAMPLE)
+        (folder / CONFIG).write_text(json.dumps(_config(run, student), indent=1) + "\n")
+        (folder / CARD).write_text(_card(run, student), encoding="utf-8")
+    say(_verify_afresh(folder))
+
+
+def load(folder: Path) -> Distiller:
+    """The exported student with its heads: `model(pixels in [0, 1]) -> (Features, {teacher: raw Features})`.
+
+    Raises DataError where a file is missing or does not fit.
+    """
+    try:
+        stored = json.loads((folder / CONFIG).read_text())["agglom"]
+        weights, heads = load_file(folder / WEIGHTS), load_file(folder / HEADS)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: not an export of agglom ({error}); write it again with `agglom export`") from error
+    # Published weights would be fetched only to be replaced.
+    bare = {"pretrained": False, "checkpoint": None}
+    options = stored["student"]["options"]
+    options |= {key: bare[key] for key in bare if key in options}
+    student = plugins.build(stored["student"]["kind"], "students", options)
+    student.backbone.load_state_dict(weights)
+    targets = {name: Dims(**dims) for name, dims in stored["heads"]["targets"].items()}
+    model = Distiller(student.module, student.dims, targets, stored["heads"]["hidden"], stored["heads"]["depth"])
+    model.heads.load_state_dict(heads)
+    return model.eval()
+
+
+def verify(folder: Path) -> float:
+    """The largest absolute difference between what the reloaded student computes and what was computed at export."""
+    sample = load_file(folder / SAMPLE)
+    found = _outputs(load(folder), sample.pop("pixels"))
+    return max(float((found[key] - value).abs().max()) for key, value in sample.items())
+
+
+@torch.no_grad()
+def _outputs(model: Distiller, pixels: Tensor) -> dict[str, Tensor]:
+    trunk, predicted = model(pixels)
+    outputs = {}
+    for name, features in {"student": trunk, **predicted}.items():
+        for kind, value in (("summary", features.summary_BD), ("patches", features.patches_BND)):
+            if value is not None:
+                outputs[f"{name}/{kind}"] = value
+    return outputs
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+
+
+def _verify_afresh(folder: Path) -> str:
+    """Reload in a fresh process: what this one has in memory must not be needed."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in launcher}
+    environment["PYTHONPATH"] = os.pathsep.join([str(plugins.HOME), *(path for path in sys.path if path)])
+    done = subprocess.run(
+        [sys.executable, "-m", "agglom.export", str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise DataError(f"{folder}: the export does not reload: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout.strip()
+
+
+def _config(run: Run, student: Student) -> dict[str, object]:
+    """timm's own keys at the top, so that `timm.create_model("local-dir:…")` reads it; ours under "agglom"."""
+    return {
+        **student.recipe,
+        "num_classes": 0,
+        "num_features": student.dims.summary,
+        "agglom": {
+            "version": __version__,
+            "pixels": asdict(student.pixels)
+            | {"range": [0, 1], "size": input_size(student.pixels, run.plan.evaluate_size)},
+            "student": asdict(run.job.student),
+            "heads": asdict(run.job.heads) | {"targets": {name: asdict(dims) for name, dims in run.targets.items()}},
+            "teachers": {n: {"fingerprint": t.fingerprint, "licence": t.licence} for n, t in run.teachers.items()},
+            "manifest": run.manifest.digest,
+        },
+    }
+
+
+def _card(run: Run, student: Student) -> str:
+    import jinja2
+
+    last = run.out / "reports" / f"{run.plan.stages[-1].name}.json"
+    found = report.load(last) if last.is_file() else None
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("card.md.j2").render(
+        run=run,
+        student=student,
+        headline=report.headline(found) if found else None,
+        version=__version__,
+        licences=sorted({teacher.licence for teacher in run.teachers.values()}),
+        notes=found.context.get("notes", []) if found else [],
+    )
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    difference = verify(place)
+    print(f"reloaded in a fresh process: max abs diff {difference:.1e}")
+    sys.exit(0 if difference <= TOLERANCE else f"{place}: differs by {difference:.1e}, more than {TOLERANCE:.0e}")

@@ -1,0 +1,479 @@
+"""What the rows of a report say: select, order, word. Nothing is computed here that is not a row.
+
+Words follow the interval: where it contains 0, the report says that it cannot tell. Groups below the minimum support
+are shown, but no finding is drawn from them, and an undefined number is a dash with its reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+Place = tuple[str, str]  # attribute, group
+Variant = tuple[str, str]  # metric, readout
+
+STATUSES = {
+    "ok": "",
+    "empty": "no image",
+    "single_class": "only one outcome occurs",
+    "constant_score": "every image has the same score",
+    "below_min_pos": "too few positive patients",
+    "below_min_neg": "too few negative patients",
+    "missing_attr": "group not annotated",
+}
+FVU_BAR = 0.8
+OVERALL = ("", "all")
+AUROC = ("auroc", "linear")
+LEVELS = (AUROC, ("auroc", "knn"))
+RATES = tuple((metric, "linear") for metric in ("accuracy", "tpr", "fpr", "ece"))
+SPREADS = tuple((metric, "linear") for metric in ("auroc_gap", "auroc_worst", "tpr_gap", "fpr_gap"))
+SPLITS = {"test": "test patients", "val": "validation patients"}
+
+
+class Series(NamedTuple):
+    """One line of a figure: name, marker (0 the student, −1 the ensemble, else a teacher), and the key of its rows."""
+
+    name: str
+    mark: int
+    subject: str
+    predictor: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The rows of the headline split by (metric, readout), (label or target, predictor), (attribute, group).
+
+    Rows gain `weak` (no finding may be drawn) and `why` (the reason, in words). `places` are everybody, then the
+    groups, in the order of the rows; `labels` and `teachers` likewise.
+    """
+
+    split: str
+    cells: dict[tuple[Variant, tuple[str, str], Place], Row]
+    simulated: tuple[str, ...] = ()
+
+    @cached_property
+    def places(self) -> list[Place]:
+        found = unique(place for variant, _, place in self.cells if not variant[0].endswith(("_gap", "_worst")))
+        return sorted(found, key=lambda place: place != OVERALL)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        return unique(subject for variant, (subject, _), _ in self.cells if variant[0] == "auroc")
+
+    @cached_property
+    def teachers(self) -> list[str]:
+        predictors = unique(predictor for _, (_, predictor), _ in self.cells)
+        return [name.removeprefix("teacher/") for name in predictors if name.startswith("teacher/")]
+
+    @cached_property
+    def has_student(self) -> bool:
+        return any(predictor == "student" for _, (_, predictor), _ in self.cells)
+
+    def row(self, variant: Variant, subject: str, predictor: str, place: Place) -> Row | None:
+        return self.cells.get((variant, (subject, predictor), place))
+
+    def models(self, label: str) -> list[Series]:
+        teachers = [Series(name, i, label, f"teacher/{name}") for i, name in enumerate(self.teachers, 1)]
+        return [Series("student", 0, label, "student"), *teachers, Series("ensemble", -1, label, "ensemble")]
+
+    def pairs(self, label: str) -> list[Series]:
+        return [Series(name, i, label, f"student - teacher/{name}") for i, name in enumerate(self.teachers, 1)]
+
+    def targets(self) -> list[tuple[Series, Variant]]:
+        keys = unique((key, variant) for variant, key, _ in self.cells if variant[0].startswith("fvu"))
+        names = unique(target.split("/")[0] for (target, _), _ in keys)
+        return [(Series(key[0], 1 + names.index(key[0].split("/")[0]), *key), variant) for key, variant in keys]
+
+    def title(self, place: Place) -> str:
+        """`sex × view F · AP`; the attribute alone for its group "all"; simulated groups say so."""
+        if place == OVERALL:
+            return "all patients"
+        made = " (simulated)" if set(place[0].split("*")) & set(self.simulated) else ""
+        group = "" if place[1] == "all" else f" {place[1].replace('|', ' · ')}"
+        return f"{place[0].replace('*', ' × ')}{group}{made}"
+
+    def best_teacher(self, label: str, place: Place) -> str | None:
+        rows = {name: self.row(AUROC, label, f"teacher/{name}", place) for name in self.teachers}
+        values = {name: row["value"] for name, row in rows.items() if row and row["value"] is not None}
+        return max(values, key=values.__getitem__, default=None)
+
+
+def read(rows: Iterable[Row], context: Mapping[str, Any]) -> Reading:
+    """Select the rows of the headline split (`context["split"]`, else test if any row is of test, else val)."""
+    rows = list(rows)
+    splits = {row["split"] for row in rows}
+    split = context.get("split") or ("test" if "test" in splits else "val")
+    support = context.get("min_support") or 0
+    cells = {}
+    for row in rows:
+        if row["split"] == split:
+            few = row["n_patients"] is not None and row["n_patients"] < support
+            why = STATUSES[row["status"]] or ("too few patients" if few else "")
+            subject = row["target"] if row["metric"].startswith("fvu") else row["label"]
+            key = ((row["metric"], row["readout"]), (subject or "", row["predictor"]))
+            place = (row["attribute"] or "", row["group"] or "not annotated")
+            cells[*key, place] = row | {"weak": bool(why), "why": why}
+    return Reading(split, cells, tuple(context.get("simulated", ())))
+
+
+def unique(items: Iterable[Any]) -> list[Any]:
+    """Without repetition, in order of first appearance."""
+    return list(dict.fromkeys(items))
+
+
+# ── Numbers in words ──
+
+
+def number(value: float | None, signed: bool = False) -> str:
+    """Three decimals and a true minus; a dash where there is none."""
+    if value is None:
+        return "–"
+    text = f"{value:+.3f}" if signed else f"{value:.3f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
+
+
+def interval(row: Row, signed: bool = False) -> str:
+    """`0.81 to 0.89`, which cannot be misread where a bound is negative."""
+    if row["lo"] is None or row["hi"] is None:
+        return "no interval"
+    return f"{number(row['lo'], signed)} to {number(row['hi'], signed)}"
+
+
+def estimate(row: Row | None, signed: bool = False) -> str:
+    """Value and interval."""
+    if row is None or row["value"] is None:
+        return "–"
+    return f"{number(row['value'], signed)} ({interval(row, signed)})"
+
+
+def count(n: int, noun: str) -> str:
+    """`1 image`, `1,200 images`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def support(row: Row) -> str:
+    """How many stand behind a number."""
+    counts = [] if row["n_patients"] is None else [count(row["n_patients"], "patient")]
+    counts += [] if row["n"] is None else [count(row["n"], "image")]
+    if row["n_pos"] is not None and row["n"] and not row["metric"].startswith("fvu"):
+        counts.append(f"{row['n_pos']:,} positive")
+    return ", ".join(counts)
+
+
+def verdict(row: Row | None) -> str:
+    """What a paired difference allows to say: better | worse | cannot tell | too few to judge | undefined."""
+    if row is None or None in (row["value"], row["lo"], row["hi"]):
+        return "undefined"
+    if row["weak"]:
+        return "too few to judge"
+    return "better" if row["lo"] > 0 else "worse" if row["hi"] < 0 else "cannot tell"
+
+
+# ── The finding ──
+
+_CONCLUSIONS = {
+    "better": ("It scores better there than its best teacher, {}.", "lies above 0: there the student scores better"),
+    "worse": ("It scores worse there than its best teacher, {}.", "lies below 0: there the student scores worse"),
+    "cannot tell": (
+        "Whether it is as good there as its best teacher, {}, these patients cannot tell.",
+        "contains 0: from these patients we cannot tell whether the student is better or worse",
+    ),
+}
+
+
+def label_finding(reading: Reading, label: str) -> tuple[str, str]:
+    """One sentence or two to lead with, and the figures behind them."""
+    best = reading.best_teacher(label, OVERALL)
+    subject, who = ("student", "the student") if reading.has_student else (f"teacher/{best}", f"the teacher {best}")
+    rows = {place: reading.row(AUROC, label, subject, place) for place in reading.places}
+    judged = {place: row for place, row in rows.items() if row and not row["weak"] and row["value"] is not None}
+    groups = [place for place in judged if place != OVERALL]
+    if groups:
+        worst = min(groups, key=lambda place: judged[place]["value"])
+        lead = f"For “{label}”, {who} scores lowest in {reading.title(worst)}."
+        said = [f"There {who} reaches AUROC {estimate(judged[worst])}"]
+        said[-1] += f"; over all patients, {estimate(judged[OVERALL])}." if OVERALL in judged else "."
+    elif OVERALL in judged:
+        worst = OVERALL
+        lead = f"For “{label}”, no group has enough patients for a finding."
+        said = [f"Over all patients, {who} reaches AUROC {estimate(judged[worst])}."]
+    else:
+        lead = f"For “{label}”, there are too few patients for a finding."
+        return lead, "The numbers below are shown for completeness; nothing follows from them."
+    best = reading.best_teacher(label, worst)
+    pair = reading.row(AUROC, label, f"student - teacher/{best}", worst)
+    if verdict(pair) in _CONCLUSIONS:
+        short, long = _CONCLUSIONS[verdict(pair)]
+        lead += f" {short.format(best)}" if groups else ""
+        reaches = estimate(reading.row(AUROC, label, f"teacher/{best}", worst))
+        said.append(f"The best teacher there, {best}, reaches {reaches}.")
+        said.append(f"Student minus teacher is {estimate(pair, signed=True)}; this interval {long}.")
+    gap = reading.row(("auroc_gap", "linear"), label, subject, (worst[0], "all"))
+    if groups and gap and not gap["weak"] and None not in (gap["value"], gap["lo"]):
+        truth = "the groups differ" if gap["lo"] > 0 else "this reaches 0, so we cannot tell whether they differ"
+        said.append(f"The groups of {worst[0].replace('*', ' × ')} lie {estimate(gap)} apart: {truth}.")
+    return lead, " ".join(said)
+
+
+def tally(reading: Reading) -> str:
+    """In how many groups the student is worse, better, or cannot be told from the best teacher there."""
+    verdicts = [
+        verdict(reading.row(AUROC, label, f"student - teacher/{reading.best_teacher(label, place)}", place))
+        for label in reading.labels
+        for place in reading.places
+        if place != OVERALL
+    ]
+    judged = [word for word in verdicts if word in _CONCLUSIONS]
+    if not judged:
+        return ""
+    one_label = len(reading.labels) == 1
+    noun = "group" if one_label else "combination"
+    scope = f"{count(len(judged), noun)}{'' if one_label else ' of a label and a group'}"
+    unsure = judged.count("cannot tell")
+    counts = [f"{word} in {judged.count(word)}" for word in ("worse", "better") if word in judged]
+    if counts:
+        told = (
+            f"the student scores {' and '.join(counts)} of {scope}{f'; in {unsure} we cannot tell' if unsure else ''}"
+        )
+    else:
+        told = f"we cannot tell in {unsure} of {scope} whether the student is better or worse"
+    left = len(verdicts) - len(judged)
+    rest = f" {count(left, f'more {noun}')} {'has' if left == 1 else 'have'} too few patients, or none." if left else ""
+    return f"Against the best teacher of each group, {told}.{rest}"
+
+
+def fvu_finding(reading: Reading) -> tuple[str, str]:
+    """Where the student explains least of a teacher's features; how much, and how many cells meet the bar."""
+    cells = [
+        (one, place, row)
+        for one, variant in reading.targets()
+        for place in reading.places
+        if (row := reading.row(variant, one.subject, one.predictor, place))
+        and not row["weak"]
+        and row["value"] is not None
+    ]
+    if not cells:
+        return "", ""
+    one, place, row = max(cells, key=lambda cell: cell[2]["value"])
+    met = sum(row["value"] < FVU_BAR and row["hi"] is not None and row["hi"] < 1 for *_, row in cells)
+    lead = f"Of the teachers' features, the student explains least of {one.name} in {reading.title(place)}."
+    said = f"There {estimate(row)} of their variance stays unexplained. "
+    return lead, said + f"The bar of {FVU_BAR} is met in {met} of {len(cells)} combinations of features and group."
+
+
+def limits(reading: Reading, context: Mapping[str, Any]) -> list[str]:
+    """What the report cannot say, from the statuses of its rows and from the context."""
+    said = []
+    if reading.split == "val":
+        said.append(
+            "There is no test split. These are the validation patients, on whom thresholds and weights were chosen: "
+            "the numbers flatter every model."
+        )
+    said += [
+        f"The groups of {name} are simulated by image processing. They show how the method behaves, not how real "
+        "patients fare."
+        for name in reading.simulated
+    ]
+    series = [(one, AUROC) for label in reading.labels for one in reading.models(label)] or reading.targets()
+    found: dict[str, dict[str, list[str]]] = {}
+    for one, variant in series:
+        for place in reading.places:
+            row = reading.row(variant, one.subject, one.predictor, place)
+            if row and row["weak"]:
+                who = f" of {one.name}" if row["status"] == "constant_score" else ""
+                places = found.setdefault(f"{row['why']}{who}", {})
+                places.setdefault(f"{reading.title(place)} ({support(row)})", []).append(one.subject)
+    for why, places in found.items():
+        several = len(reading.labels) > 1
+        named = [
+            f"{place}{' for ' + ', '.join(unique(subjects)) if several else ''}" for place, subjects in places.items()
+        ]
+        said.append(f"No finding, {why}: {'; '.join(named)}.")
+    for group in context.get("groups", ()):
+        if group["group"] is None and group["split"] == reading.split and group["n_images"]:
+            images, patients = count(group["n_images"], "image"), count(group["n_patients"], "patient")
+            name = group["attribute"].replace("*", " × ")
+            said.append(f"{images} of {patients} lack {name}; they count in “all patients” only.")
+    return [*said, *context.get("notes", ())]
+
+
+# ── Figures ──
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear axis of `size` pixels; values beyond its ends are clamped to them."""
+
+    lo: float
+    hi: float
+    ticks: tuple[float, ...]
+    mark: float | None
+    size: int
+
+    def at(self, value: float) -> float:
+        share = (min(max(value, self.lo), self.hi) - self.lo) / (self.hi - self.lo)
+        return round(18 + share * (self.size - 36), 1)
+
+    def beyond(self, value: float) -> bool:
+        return not self.lo - 1e-9 <= value <= self.hi + 1e-9
+
+
+def axis(rows: Iterable[Row | None], mark: float | None = None, size: int = 340) -> Axis:
+    """Round ticks around all values, the intervals that bear a finding (all, if none does) and the line `mark`."""
+    known = [row for row in rows if row and row["value"] is not None]
+    firm = [row for row in known if not row["weak"]] or known
+    values = [row["value"] for row in known] + [
+        row[key] for row in firm for key in ("lo", "hi") if row[key] is not None
+    ]
+    values += [] if mark is None else [mark]
+    lo, hi = min(values, default=0.0), max(values, default=1.0)
+    step = next(one for one in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, math.inf) if hi - lo <= 4.5 * one)
+    if math.isinf(step):
+        return Axis(lo, hi, (lo, hi), mark, size)
+    first, last = math.floor(lo / step + 1e-9), math.ceil(hi / step - 1e-9)
+    ticks = tuple(round(i * step, 6) for i in range(first, max(last, first + 1) + 1))
+    return Axis(ticks[0], ticks[-1], ticks, mark, size)
+
+
+def bands(
+    reading: Reading, lines: Sequence[tuple[Series, Sequence[Variant]]], places: Sequence[Place]
+) -> list[dict[str, Any]]:
+    """Per place: title, support, one line a series with a row (or None) for each variant.
+
+    Where all rows are weak for one reason, the band says it; where all are undefined, its lines are left out.
+    """
+    found = []
+    for place in places:
+        table = [
+            (one, [reading.row(variant, one.subject, one.predictor, place) for variant in variants])
+            for one, variants in lines
+        ]
+        table = [(one, rows) for one, rows in table if any(rows)]
+        rows = [row for _, several in table for row in several if row]
+        if rows:
+            reasons = unique(row["why"] for row in rows)
+            why = reasons[0] if len(reasons) == 1 else ""
+            undefined = why and all(row["value"] is None for row in rows)
+            shown = [] if undefined else table
+            found.append({"title": reading.title(place), "support": support(rows[0]), "why": why, "lines": shown})
+    return found
+
+
+def figure(
+    reading: Reading, lines: Sequence[tuple[Series, Sequence[Variant]]], mark: float | None = None
+) -> dict[str, Any]:
+    """Bands over all places and an axis for their first column."""
+    drawn = bands(reading, lines, reading.places)
+    return {"bands": drawn, "axis": axis((rows[0] for band in drawn for _, rows in band["lines"]), mark)}
+
+
+def charts(readings: Sequence[tuple[str, Reading]]) -> list[dict[str, Any]]:
+    """The student over the stages: one chart per (label or target, attribute), one line per group, all in pixels."""
+    stages = [(stage, one) for stage, one in readings if one.has_student]
+    if len(stages) < 2:
+        return []
+    last = stages[-1][1]
+    series = [(Series("student", 0, label, "student"), AUROC) for label in last.labels] or last.targets()
+    attributes = unique(attribute for attribute, _ in last.places if attribute) or [""]
+    ticks = [round(58 + i * 230 / (len(stages) - 1), 1) for i in range(len(stages))]
+    drawn = []
+    for (one, variant), attribute in itertools.product(series, attributes):
+        places = [place for place in last.places if place[0] in ("", attribute)]
+        rows = {
+            last.title(place) if place == OVERALL else place[1].replace("|", " · "): [
+                then.row(variant, one.subject, one.predictor, place) for _, then in stages
+            ]
+            for place in places
+        }
+        scale = axis((row for several in rows.values() for row in several), size=220)
+        lines, ends = [], {}
+        for i, (name, several) in enumerate(rows.items()):
+            pairs = zip(ticks, several, strict=True)
+            points = [(x + 4 * i, row) for x, row in pairs if row and row["value"] is not None]
+            if points:
+                lines.append({"name": name, "rows": several, "points": points})
+                ends[name] = scale.size - scale.at(points[-1][1]["value"])
+        title = f"{one.subject}, by {last.title((attribute, 'all'))}" if attribute else one.subject
+        metric = "AUROC" if variant == AUROC else "variance unexplained"
+        names = [(x, stage) for x, (stage, _) in zip(ticks, stages, strict=True)]
+        drawn.append(
+            {"title": title, "metric": metric, "stages": names, "lines": lines, "axis": scale, "ends": _apart(ends)}
+        )
+    return drawn
+
+
+def _apart(heights: Mapping[str, float], distance: float = 16) -> dict[str, float]:
+    placed: dict[str, float] = {}
+    for name in sorted(heights, key=heights.__getitem__):
+        placed[name] = max(heights[name], max(placed.values(), default=-math.inf) + distance)
+    return placed
+
+
+def people(reading: Reading, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Who is in the data: a line a group, a column a split."""
+    splits = sorted(
+        unique(one["split"] for one in groups), key=lambda split: ("train", "val", "test", split).index(split)
+    )
+    cells = {(one["attribute"], one["group"], one["split"]): one for one in groups}
+    lines = [
+        (
+            reading.title((attribute, group or "not annotated")),
+            [cells.get((attribute, group, split)) for split in splits],
+        )
+        for attribute, group in unique((one["attribute"], one["group"]) for one in groups)
+    ]
+    return {"splits": splits, "lines": lines}
+
+
+def view(
+    stage: str, reading: Reading, past: Sequence[tuple[str, Reading]], context: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that the templates draw."""
+    said = {label: label_finding(reading, label) for label in reading.labels}
+    unexplained = fvu_finding(reading)
+    if len(said) == 1:
+        [(lead, details)] = said.values()
+        more = [details, tally(reading), " ".join(unexplained)]
+    elif said:
+        lead = tally(reading) or "There are too few patients to compare the student with its teachers."
+        more = [*(short for short, _ in said.values()), " ".join(unexplained)]
+    else:
+        lead, details = unexplained if unexplained[0] else ("There is too little data for a finding.", "")
+        reason = (
+            "There are no labels, so this report cannot say whether the student does its task as well as its teachers."
+        )
+        more = [details, f"{reason} It says how much of their features the student reproduces, group by group."]
+    attributes = unique((attribute, "all") for attribute, _ in reading.places if attribute)
+    sections = [
+        {
+            "label": label,
+            "said": " ".join(said[label]) if len(said) > 1 else "",
+            "levels": figure(
+                reading,
+                [(one, LEVELS) for one in reading.models(label)],
+                (reading.row(AUROC, label, "student", OVERALL) or {}).get("value"),
+            ),
+            "pairs": figure(reading, [(one, [AUROC]) for one in reading.pairs(label)], 0.0),
+            "spreads": bands(reading, [(one, SPREADS) for one in reading.models(label)], attributes),
+            "rates": bands(reading, [(one, RATES) for one in reading.models(label)], reading.places),
+        }
+        for label in reading.labels
+    ]
+    return {
+        "stage": stage,
+        "name": context.get("name", ""),
+        "reading": reading,
+        "who": SPLITS.get(reading.split, f"{reading.split} patients"),
+        "lead": lead,
+        "more": [text for text in more if text.strip()],
+        "sections": sections,
+        "fvu": figure(reading, [(one, [variant]) for one, variant in reading.targets()], FVU_BAR),
+        "charts": charts([*past, (stage, reading)]),
+        "people": people(reading, context.get("groups", ())),
+        "limits": limits(reading, context),
+    }

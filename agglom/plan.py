@@ -1,0 +1,246 @@
+"""What a job will do, before anything is touched: steps, batches, groups and their support. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agglom import config
+from agglom.config import Job
+from agglom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from agglom.data.manifest import Manifest
+
+# PHI-S whitens with a covariance; below this many images its small eigenvalues are mostly noise (DATA.md).
+NORMALISER_IMAGES = 3000
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage in optimizer steps; `first_step` counts from the start of the run, `teachers` is never empty."""
+
+    name: str
+    index: int
+    first_step: int
+    steps: int
+    warmup_steps: int
+    size: int
+    teachers: tuple[str, ...]
+    lr: float
+    lr_end: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`micro` images per rank and accumulation step make `global_batch`; intervals are in optimizer steps."""
+
+    stages: tuple[ResolvedStage, ...]
+    world: int
+    micro: int
+    global_batch: int
+    total_steps: int
+    log_every: int
+    checkpoint_every: int
+    evaluate_size: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Support:
+    """How many images and patients a group has in a split; group None: not annotated."""
+
+    attribute: str
+    group: str | None
+    split: str
+    images: int
+    patients: int
+
+
+def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
+    """Turn durations into steps and the batch into its parts.
+
+    Raises ConfigError where the batch does not divide over `world` ranks, DeepSpeed's keys contradict agglom's, or a
+    warm-up is longer than its stage.
+    """
+    config.deepspeed(job, world)
+    batch, samples = job.optim.batch, len(manifest.rows("train"))
+    stages: list[ResolvedStage] = []
+    first_step = 0
+    for index, stage in enumerate(job.stages):
+        steps = config.duration(stage.length, batch=batch, samples=samples)
+        warmup = config.duration(stage.warmup, batch=batch, samples=samples, total_steps=steps)
+        if warmup > steps:
+            raise ConfigError(
+                f"stages[{index}].warmup: {stage.warmup!r} is {warmup} steps, longer than the stage "
+                f"({stage.length} = {steps} steps); shorten it"
+            )
+        teachers = stage.teachers or tuple(job.teachers)
+        stages.append(
+            ResolvedStage(stage.name, index, first_step, steps, warmup, stage.size, teachers, stage.lr, stage.lr_end)
+        )
+        first_step += steps
+
+    def interval(text: str) -> int:
+        return max(1, config.duration(text, batch=batch, samples=samples, total_steps=first_step))
+
+    return Plan(
+        stages=tuple(stages),
+        world=world,
+        micro=config.micro_batch(job, world),
+        global_batch=batch,
+        total_steps=first_step,
+        log_every=interval(job.log.every),
+        checkpoint_every=interval(job.log.checkpoint),
+        evaluate_size=job.evaluate.size or job.stages[-1].size,
+        warnings=tuple(_warnings(job, manifest)),
+    )
+
+
+def support(manifest: Manifest, names: Sequence[str]) -> list[Support]:
+    """Counts per split of every group of the attributes and crossings in `names`, in the order of `groups.encode`."""
+    found = []
+    patient_N = manifest.patient_N.tolist()
+    rows = {split: manifest.rows(split).tolist() for split in SPLITS}
+    for name in names:
+        columns = [manifest.attributes[part] for part in name.split("*")]
+        values = [sorted({value for value in column if value is not None}) for column in columns]
+        groups = ["|".join(cell) for cell in itertools.product(*values)]
+        for split in SPLITS:
+            images: dict[str | None, int] = defaultdict(int)
+            patients: dict[str | None, set[int]] = defaultdict(set)
+            for row in rows[split]:
+                parts = [column[row] for column in columns]
+                group = None if None in parts else "|".join(map(str, parts))
+                images[group] += 1
+                patients[group].add(patient_N[row])
+            found += [Support(name, group, split, images[group], len(patients[group])) for group in (*groups, None)]
+    return found
+
+
+def headline_split(job: Job, manifest: Manifest) -> str:
+    """The split that the report speaks of: test, or val where there is none."""
+    return "test" if job.data.splits.test is not None and len(manifest.rows("test")) else "val"
+
+
+def _names(job: Job) -> list[str]:
+    return list(dict.fromkeys([*job.data.groups, *([job.balance.group] if job.balance.group else [])]))
+
+
+def _warnings(job: Job, manifest: Manifest) -> Iterator[str]:
+    train = len(manifest.rows("train"))
+    fitted = min(train, job.loss.fit_images)
+    if job.loss.normaliser != "none" and fitted < NORMALISER_IMAGES:
+        yield (
+            f"the normaliser is fitted on {fitted} images; below {NORMALISER_IMAGES} it fits the noise of small "
+            "directions, too (loss.fit_images, or more train images)"
+        )
+    split = headline_split(job, manifest)
+    if split == "val":
+        yield "there are no test rows: the report is on val, whose patients also set thresholds and regularisation"
+    if not job.data.labels:
+        yield "there are no labels: the evaluation reports variance unexplained only, no AUROC"
+    if not job.data.groups:
+        yield "data.groups is empty: the report has no groups"
+    counts = support(manifest, _names(job))
+    small = [c for c in counts if c.group and c.split == split and c.patients < job.data.min_support]
+    if small:
+        listed = ", ".join(f"{c.attribute} {c.group} ({c.patients})" for c in small)
+        yield f"fewer than {job.data.min_support} {split} patients, so no interval is promised for: {listed}"
+    if job.balance.group:
+        unseen = [c.group for c in counts if c.attribute == job.balance.group and c.split == "train" and not c.images]
+        if absent := [group for group in unseen if group]:
+            yield f"balance.group: no train image of {job.balance.group} {', '.join(absent)}; no weight can help there"
+    if job.optim.batch > train:
+        yield f"optim.batch {job.optim.batch} exceeds the {train} train images: a batch holds images more than once"
+
+
+def render(plan: Plan, job: Job, manifest: Manifest) -> str:
+    """The plan as Markdown: stages, batch, work, groups with their support, warnings."""
+    sizes = {split: len(manifest.rows(split)) for split in SPLITS}
+    per_rank = f"{plan.micro} images × {job.optim.accumulate} accumulation steps × {plan.world} ranks"
+    lines = [
+        "# Plan",
+        "",
+        f"- images: {', '.join(f'{count} {split}' for split, count in sizes.items())} "
+        f"({len(manifest.patients)} patients); manifest {manifest.path}",
+        f"- teachers: {', '.join(f'{name} ({spec.kind})' for name, spec in job.teachers.items())}",
+        f"- student: {job.student.kind} {job.student.options.get('model', '')}".rstrip(),
+        f"- global batch {plan.global_batch} = {per_rank}; {job.engine.precision}, ZeRO {job.engine.zero}",
+        f"- {plan.total_steps} steps, {plan.total_steps * plan.global_batch} images seen; a line every "
+        f"{plan.log_every} steps, a checkpoint every {plan.checkpoint_every}, {job.log.keep} kept",
+        f"- weights: {job.balance.kind}" + (f" over {job.balance.group}" if job.balance.group else ""),
+        "",
+        "## Stages",
+        "",
+        *_table(
+            ("stage", "steps", "warm-up", "px", "lr", "epochs", "teachers", "pixels of a micro-batch"),
+            [
+                (
+                    stage.name,
+                    stage.steps,
+                    stage.warmup_steps,
+                    stage.size,
+                    f"{stage.lr:g} → {stage.lr_end:g}",
+                    f"{stage.steps * plan.global_batch / max(1, sizes['train']):.1f}",
+                    ", ".join(stage.teachers),
+                    f"{plan.micro * 3 * stage.size**2 * 4 / 2**20:.1f} MiB",
+                )
+                for stage in plan.stages
+            ],
+        ),
+        "",
+        "## Images encoded by each teacher",
+        "",
+        *_table(("teacher", "in training", "in evaluation, at most"), _forwards(plan, job, sizes)),
+        "",
+        f"The evaluation runs at {plan.evaluate_size} px before the first stage (teachers) and after each (student).",
+    ]
+    if names := _names(job):
+        counts = {(c.attribute, c.group, c.split): c for c in support(manifest, names)}
+        split = headline_split(job, manifest)
+        rows = []
+        for attribute, group in dict.fromkeys((attribute, group) for attribute, group, _ in counts):
+            cells = [counts[attribute, group, name] for name in SPLITS]
+            if group is None and not any(cell.images for cell in cells):
+                continue
+            few = group is not None and counts[attribute, group, split].patients < job.data.min_support
+            remark = f"below {job.data.min_support} {split} patients" if few else ""
+            shown = [f"{cell.images} ({cell.patients})" for cell in cells]
+            rows.append((attribute.replace("*", "\\*"), (group or "not annotated").replace("|", "\\|"), *shown, remark))
+        lines += ["", "## Groups: images (patients)", "", *_table(("attribute", "group", *SPLITS, ""), rows)]
+    if plan.warnings:
+        lines += ["", "## Warnings", "", *(f"- {warning}" for warning in plan.warnings)]
+    return "\n".join(lines) + "\n"
+
+
+def _forwards(plan: Plan, job: Job, sizes: dict[str, int]) -> list[tuple[str, object, object]]:
+    """Images per teacher; one that others derive from is encoded wherever they are, and they cost nothing more."""
+    evaluated = min(sizes["train"], max(job.evaluate.probe_images, job.loss.fit_images)) + sizes["val"] + sizes["test"]
+
+    def root(name: str) -> str:
+        source = job.teachers[name].source
+        return name if source is None else root(source)
+
+    rows: list[tuple[str, object, object]] = []
+    for name, spec in job.teachers.items():
+        if spec.source is not None:
+            rows.append((name, f"from {spec.source}", f"from {spec.source}"))
+            continue
+        active = [stage for stage in plan.stages if name in {root(teacher) for teacher in stage.teachers}]
+        rows.append((name, sum(stage.steps for stage in active) * plan.global_batch, evaluated))
+    return rows
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    cells = [tuple(header), *(tuple(map(str, row)) for row in rows)]
+    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

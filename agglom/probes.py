@@ -1,0 +1,118 @@
+"""Readouts of frozen features: what a linear probe and the nearest neighbours make of them.
+
+Fitted on train patients; regularisation, calibration and thresholds come from validation patients; test is only scored.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STRENGTHS = tuple(10.0**power for power in range(-5, 2))
+TEMPERATURE = 0.07
+CLIP = 1e-3
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Calibrated probabilities of all rows, the threshold chosen on validation, and how both came about."""
+
+    scores_N: np.ndarray
+    threshold: float
+    note: str = ""
+
+
+def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N: np.ndarray) -> Readout | None:
+    """Logistic regression on standardised features, its L2 strength chosen by validation log-loss.
+
+    `train_N` and `val_N` are masks of rows with a known label. None where train has a single class.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+
+    if len(np.unique(label_N[train_N])) < 2:
+        return None
+    x_ND = features_ND.double().numpy()
+    mean_D, std_D = x_ND[train_N].mean(0), x_ND[train_N].std(0)
+    # A direction that train images do not vary in carries nothing but rounding.
+    x_ND = (x_ND - mean_D) / np.where(std_D > 1e-6 * max(std_D.max(), 1e-300), std_D, np.inf)
+    judged = len(np.unique(label_N[val_N])) == 2
+    model = LogisticRegression(max_iter=200, warm_start=True)
+    best, scores_N = np.inf, None
+    for strength in STRENGTHS if judged else (1e-3,):
+        model.C = strength
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # 200 steps from the last optimum are close enough
+            model.fit(x_ND[train_N], label_N[train_N])
+        found_N = model.predict_proba(x_ND)[:, 1]
+        loss = log_loss(label_N[val_N], found_N[val_N], labels=[0, 1]) if judged else 0.0
+        if loss < best:
+            best, scores_N = loss, found_N
+    return calibrated(scores_N, label_N, val_N)
+
+
+def nearest(
+    features_ND: Tensor, label_N: np.ndarray, patient_N: np.ndarray, train_N: np.ndarray, val_N: np.ndarray, k: int
+) -> Readout | None:
+    """k nearest train images by cosine, votes weighted by exp(cos / .07) (Wu et al. 2018, DINO's kNN protocol).
+
+    A train image never votes for its own patient. None where train has a single class.
+    """
+    if len(np.unique(label_N[train_N])) < 2:
+        return None
+    unit_ND = torch.nn.functional.normalize(features_ND.float(), dim=1)
+    bank_MD, votes_M = unit_ND[train_N], torch.as_tensor(label_N[train_N], dtype=torch.float32)
+    patient_M = torch.as_tensor(patient_N[train_N])
+    scores = []
+    for chunk_CD, patient_C in zip(unit_ND.split(1024), torch.as_tensor(patient_N).split(1024), strict=True):
+        similarity_CM = (chunk_CD @ bank_MD.T).masked_fill(patient_C[:, None] == patient_M[None], -torch.inf)
+        top = similarity_CM.topk(min(k, bank_MD.shape[0]), dim=1)
+        weight_CK = torch.softmax(top.values / TEMPERATURE, dim=1).nan_to_num(0.0)
+        scores.append((weight_CK * votes_M[top.indices]).sum(1))
+    return calibrated(torch.cat(scores).double().numpy(), label_N, val_N)
+
+
+def calibrated(scores_N: np.ndarray, label_N: np.ndarray, val_N: np.ndarray) -> Readout:
+    """Platt scaling (Platt 1999) and Youden's threshold (1950), both on validation; ranks are kept."""
+    from sklearn.linear_model import LogisticRegression
+
+    truth = label_N[val_N]
+    if len(np.unique(truth)) < 2:
+        return Readout(scores_N, 0.5, "validation holds one class: not calibrated, threshold .5")
+    logit_N = _logit(scores_N)
+    platt = LogisticRegression(C=1e6).fit(logit_N[val_N, None], truth)
+    slope, note = float(platt.coef_[0, 0]), ""
+    if slope > 0:
+        scores_N = 1 / (1 + np.exp(-(slope * logit_N + float(platt.intercept_[0]))))
+    else:
+        note = "validation ranks no better than chance: not calibrated"
+    return Readout(scores_N, youden(scores_N[val_N], truth), note)
+
+
+def youden(scores_N: np.ndarray, truth_N: np.ndarray) -> float:
+    """The threshold with the largest TPR − FPR: midway between the two scores that it separates."""
+    order = np.argsort(-scores_N, kind="stable")
+    scores, truth = scores_N[order], truth_N[order]
+    last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
+    rate = np.cumsum(truth)[last] / truth.sum() - np.cumsum(1 - truth)[last] / (1 - truth).sum()
+    cut = last[int(np.argmax(rate))]
+    return float(scores[cut] if cut + 1 == len(scores) else (scores[cut] + scores[cut + 1]) / 2)
+
+
+def mean_of(readouts: list[Readout], label_N: np.ndarray, val_N: np.ndarray) -> Readout:
+    """The ensemble: the mean of calibrated probabilities, with its own threshold."""
+    scores_N = np.mean([readout.scores_N for readout in readouts], axis=0)
+    truth = label_N[val_N]
+    if len(np.unique(truth)) < 2:
+        return Readout(scores_N, 0.5, "validation holds one class: threshold .5")
+    return Readout(scores_N, youden(scores_N[val_N], truth))
+
+
+def _logit(p_N: np.ndarray) -> np.ndarray:
+    p_N = np.clip(p_N, CLIP, 1 - CLIP)
+    return np.log(p_N / (1 - p_N))

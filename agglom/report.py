@@ -1,0 +1,313 @@
+"""Group reports: tidy rows in; JSON, CSV, Markdown, one self-contained HTML file and terminal tables out.
+
+The words and figures come from `findings.py`, the layout from `templates/`. HTML figures are inline SVG drawn by the
+template, so they follow the reader's colour scheme, print, and need neither a network nor a plotting library.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agglom import findings
+from agglom.errors import DataError
+from agglom.findings import AUROC, OVERALL, STATUSES, Place, Reading, Row, Series, Variant, unique
+
+if TYPE_CHECKING:
+    import jinja2
+
+SCHEMA = 1
+COLUMNS = (
+    *("stage", "predictor", "metric", "label", "attribute", "group", "value", "lo", "hi", "n", "n_pos", "n_neg"),
+    *("status", "split", "readout", "target", "threshold", "n_patients", "ci_method", "note"),
+)
+WIDTH = 100
+REMEDY = "`agglom evaluate` writes it again"
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What one evaluation found.
+
+    `rows`: dicts with the keys `COLUMNS` (more are kept). `attribute` "" and `group` "all" is everybody; a crossing
+    is attribute `sex*view`, group `F|AP`; `<metric>_gap` and `<metric>_worst` carry the attribute and group "all".
+
+    `context`: `index` (int, order of the stages; `compare` needs it), `name` of the job, `split` (headline: "test" or
+    "val"), `groups` (list of dicts attribute, group (None: not annotated), split, n_images, n_patients), `min_support`
+    (patients), `simulated` (attributes made by image processing), `notes` (sentences), `history` (list of (stage,
+    rows) of the stages before). All but `index` may be absent.
+
+    NaN, infinities and array scalars become plain JSON values at construction, so `load(write(r)) == r`.
+    """
+
+    stage: str
+    rows: list[Row]
+    context: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", _tidy(self.rows))
+        object.__setattr__(self, "context", _plain(self.context))
+
+    @property
+    def reading(self) -> Reading:
+        """The rows of the headline split, by their keys."""
+        return findings.read(self.rows, self.context)
+
+
+def write(report: GroupReport, folder: Path) -> list[Path]:
+    """`folder/<stage>.{json,csv,md,html}`, each written beside its place and renamed, so no reader sees a half.
+
+    Raises DataError naming the file when the disk is full or the folder cannot be written.
+    """
+    reading = report.reading
+    past = [
+        (stage, findings.read(_tidy(rows), report.context | {"split": reading.split}))
+        for stage, rows in report.context.get("history", ())
+    ]
+    view = findings.view(report.stage, reading, past, report.context)
+    texts = {
+        "json": _json(report),
+        "csv": _csv(report.rows),
+        "md": _environment().get_template("report.md.j2").render(view),
+        "html": _environment().get_template("report.html.j2").render(view),
+    }
+    return [_write(folder / f"{report.stage}.{suffix}", text) for suffix, text in texts.items()]
+
+
+def load(path: Path) -> GroupReport:
+    """Read `<stage>.json`. Raises DataError when it is missing, not JSON, of another schema, or its rows are wrong."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such report; {REMEDY}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not a readable report ({error}); {REMEDY}") from error
+    problems = _problems(raw)
+    if problems:
+        shown = "\n  ".join(problems[:5])
+        raise DataError(f"{path}: not a report of schema {SCHEMA}, problems: {len(problems)}; {REMEDY}\n  {shown}")
+    return GroupReport(raw["stage"], raw["rows"], raw["context"])
+
+
+def headline(report: GroupReport) -> str:
+    """A plain table for the terminal, at most 100 columns: predictors × (everybody, groups of the first attribute).
+
+    AUROC of the linear readout on the headline split, one block a label (the first three); without labels, FVU.
+    """
+    reading = report.reading
+    first = next((attribute for attribute, _ in reading.places if attribute), "")
+    places = [place for place in reading.places if place[0] in ("", first)]
+    made = " (simulated)" if first in reading.simulated else ""
+    lines = [f"stage {report.stage}, {reading.split} split{f', by {first}{made}' if first else ''}; 95 % intervals"]
+    blocks = [(f"AUROC, {label}", [(one, AUROC) for one in reading.models(label)]) for label in reading.labels]
+    for title, series in blocks[:3] or [("variance unexplained (FVU)", reading.targets())]:
+        lines += ["", *_block(title, series, places, reading)]
+    if len(blocks) > 3:
+        lines += ["", f"labels left for the report: {len(blocks) - 3}"]
+    return "\n".join(lines)
+
+
+def compare(out: Path) -> str:
+    """The paired differences (student − each teacher, AUROC, linear readout) of the last stage's report in `out`.
+
+    The smallest lower bound of a group is the lowest end of its 95 % intervals over the teachers. Raises DataError
+    when there is no report, a broken one, or none with a student.
+    """
+    folder = out / "reports"
+    reports = {path: load(path) for path in sorted(folder.glob("*.json"))}
+    for path, one in reports.items():
+        if type(one.context.get("index")) is not int:
+            raise DataError(f"{path}: context.index must be an integer, the order of the stages; {REMEDY}")
+    if not reports:
+        raise DataError(f"{folder}: holds no report; run `agglom distill` or `agglom evaluate` first")
+    report = max(reports.values(), key=lambda one: one.context["index"])
+    reading = report.reading
+    if not reading.has_student:
+        raise DataError(
+            f"{folder}: no stage with a student is evaluated yet; go on with `agglom distill --resume auto`"
+        )
+    if not reading.labels:
+        return f"No labels, hence no paired difference. What the student leaves unexplained:\n\n{headline(report)}"
+    lines = [f"stage {report.stage}, {reading.split} split: AUROC of the student minus each teacher, linear readout"]
+    for label in reading.labels:
+        table: list[tuple[str, ...]] = [("group", "patients", "minus", "difference", "95 % interval", "the student is")]
+        for place in reading.places:
+            table += _paired(place, label, reading)
+        lines += ["", label, *_aligned(table)]
+    return "\n".join([*lines, "", "Where an interval contains 0, these patients cannot tell."])
+
+
+# ── Values and checks ──
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tidy(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    return [dict.fromkeys(COLUMNS) | _plain(row) for row in rows]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON, undefined is null")
+
+
+def _problems(raw: Any) -> list[str]:
+    if not isinstance(raw, dict):
+        return [f"expected an object, got {type(raw).__name__}"]
+    if raw.get("schema") != SCHEMA:
+        return [f"schema: expected {SCHEMA}, got {raw.get('schema')!r}"]
+    kinds = {"stage": str, "rows": list, "context": dict}
+    found = [f"{key}: expected a {kind.__name__}" for key, kind in kinds.items() if not isinstance(raw.get(key), kind)]
+    for number, row in enumerate([] if found else raw["rows"]):
+        if not isinstance(row, dict):
+            found.append(f"rows[{number}]: expected an object, got {type(row).__name__}")
+            continue
+        found += [f"rows[{number}]: {key!r} is missing" for key in COLUMNS if key not in row]
+        found += [
+            f"rows[{number}].{key}: expected a number or null, got {row[key]!r}"
+            for key in ("value", "lo", "hi", "n", "n_pos", "n_neg", "threshold", "n_patients")
+            if type(row.get(key)) not in (int, float, type(None))
+        ]
+        if row.get("status") not in STATUSES:
+            found.append(f"rows[{number}].status: {row.get('status')!r} is not one of {', '.join(STATUSES)}")
+    return found
+
+
+# ── Text out ──
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def _block(
+    title: str, series: Sequence[tuple[Series, Variant]], places: Sequence[Place], reading: Reading
+) -> list[str]:
+    """The fullest form that fits: with intervals, without them, then with fewer groups, saying how many are left."""
+    lines = [
+        (one, [reading.row(variant, one.subject, one.predictor, place) for place in places]) for one, variant in series
+    ]
+    lines = [(one, rows) for one, rows in lines if any(rows)]
+    columns = [[row for row in column if row] for column in zip(*(rows for _, rows in lines), strict=True)]
+    sizes = [column[0]["n"] if column else None for column in columns]
+    for shown in range(len(places), 0, -1):
+        for intervals in (True, False):
+            table = [[title[:40], *(group[:30] for _, group in places[:shown])]]
+            table += [[_name(one), *(_cell(row, intervals) for row in rows[:shown])] for one, rows in lines]
+            table.append(["images", *("-" if n is None else f"{n:,}" for n in sizes[:shown])])
+            text = _aligned(table)
+            if max(map(len, text)) <= WIDTH:
+                notes = unique(
+                    (_sign(row), row["why"]) for _, rows in lines for row in rows[:shown] if row and row["weak"]
+                )
+                text += [f"{sign} {why}" for sign, why in notes]
+                return text + ([f"groups left for the report: {len(places) - shown}"] if shown < len(places) else [])
+    return [f"{title}: nothing was measured"]
+
+
+def _name(one: Series) -> str:
+    name = one.subject if one.predictor == "student" and one.name != "student" else one.predictor
+    return name if len(name) <= 30 else f"{name[:29]}…"
+
+
+def _sign(row: Row) -> str:
+    return "-" if row["value"] is None else "*"
+
+
+def _cell(row: Row | None, intervals: bool) -> str:
+    if row is None or row["value"] is None:
+        return "-"
+    text = f"{row['value']:.3f}{'*' if row['weak'] else ''}"
+    return text if not intervals or None in (row["lo"], row["hi"]) else f"{text} [{row['lo']:.2f}, {row['hi']:.2f}]"
+
+
+def _paired(place: Place, label: str, reading: Reading) -> list[tuple[str, ...]]:
+    found = [(one.name, reading.row(AUROC, label, one.predictor, place)) for one in reading.pairs(label)]
+    rows = [(name, row) for name, row in found if row is not None]
+    table = []
+    for name, row in rows:
+        value = "-" if row["value"] is None else f"{row['value']:+.3f}"
+        span = "-" if None in (row["lo"], row["hi"]) else f"[{row['lo']:+.3f}, {row['hi']:+.3f}]"
+        table.append((name, value, span, row["why"] or findings.verdict(row)))
+    bounds = [(row["lo"], name) for name, row in rows if row["lo"] is not None]
+    if bounds:
+        missing = f", undefined for {len(rows) - len(bounds)}" if len(bounds) < len(rows) else ""
+        table.append(("smallest lower bound", f"{min(bounds)[0]:+.3f}", "", f"against {min(bounds)[1]}{missing}"))
+    title = "all" if place == OVERALL else " ".join(place)
+    patients = "-" if not rows or rows[0][1]["n_patients"] is None else f"{rows[0][1]['n_patients']:,}"
+    return [((title, patients) if i == 0 else ("", "")) + line for i, line in enumerate(table)]
+
+
+def _json(report: GroupReport) -> str:
+    """One row a line, so that reports can be compared by eye and by diff."""
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    rows = ",\n".join(encode(row) for row in report.rows)
+    head = f'"schema": {SCHEMA},\n"stage": {encode(report.stage)}'
+    return f'{{{head},\n"rows": [\n{rows}\n],\n"context": {encode(report.context)}}}\n'
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    text = io.StringIO()
+    out = csv.DictWriter(text, unique([*COLUMNS, *(key for row in rows for key in row)]), lineterminator="\n")
+    out.writeheader()
+    out.writerows(rows)
+    return text.getvalue()
+
+
+def _markdown(text: Any) -> str:
+    """Nothing in the name of a group or a plug-in may act as markup."""
+    return "".join(f"\\{c}" if c in "\\|*_`<>[]#" else c for c in str(text)).replace("\n", " ")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("agglom"),
+        autoescape=lambda template: template is not None and template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"number": findings.number, "estimate": findings.estimate, "markdown": _markdown}
+    environment.globals |= {"verdict": findings.verdict, "count": findings.count, "FVU_BAR": findings.FVU_BAR}
+    return environment
+
+
+def _write(path: Path, text: str) -> Path:
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        try:
+            beside.unlink(missing_ok=True)
+        except OSError as nested:
+            error.add_note(str(nested))
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out, "
+            "then run `agglom evaluate`"
+        ) from error
+    return path

@@ -1,0 +1,410 @@
+"""The training loop: stages of agglomeration, an evaluation after each, an export at the end."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agglom import __version__, config, evaluate, export, plan, plugins, report, targets
+from agglom.assemble import IDENTITY, Run, assemble, build_distiller, build_student, check_identity
+from agglom.config import Job
+from agglom.core import groups, losses, schedule
+from agglom.core.balance import Cells
+from agglom.core.losses import Column
+from agglom.core.types import Balancer, Batch, CellStats, LossTable
+from agglom.data.dataset import ImageDataset
+from agglom.data.sampler import loader, stream
+from agglom.engine import Engine, checkpoints, latest, launched
+from agglom.errors import AgglomError, CacheError, ConfigError, DataError, Interrupted, NumericsError
+from agglom.journal import Journal, disk, duration
+from agglom.plan import ResolvedStage
+from agglom.runtime import StopRequest, Stopwatch, World, peak_memory_mib
+from agglom.survey import survey
+from agglom.targets import Normaliser
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands, besides its weights: `step` optimizer steps are done, `window` is not logged yet."""
+
+    step: int
+    balance: dict[str, Tensor]
+    window: CellStats
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the loop works with from the first step to the last."""
+
+    run: Run
+    engine: Engine
+    columns: tuple[Column, ...]
+    balancer: Balancer
+    normalisers: dict[str, Normaliser]
+    journal: Journal
+    stop: StopRequest
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        return self.run.balance_space.values
+
+
+def distill(job: Job, base: Path, out: Path, *, resume: str = "auto") -> None:
+    """Run a job from its first stage, or from where an interrupted one stopped, to its export.
+
+    `resume` is "auto" (go on where there is a checkpoint in `out`), "never", or the path of a checkpoint.
+    Raises ConfigError, PluginError, DataError, NumericsError, Interrupted: on every rank alike.
+    """
+    with launched() as world, StopRequest().listening() as stop:
+        run = assemble(job, base, out, world, stop)
+        checkpoint = world.broadcast(world.on_main(lambda: _prepare(run, resume)))
+        student = build_student(job)
+        model = build_distiller(run, student)
+        # ZeRO takes the model apart: a whole copy stays for evaluation and export.
+        plain, plain_student = copy.deepcopy((model, student))
+        engine = Engine(model, job, world)
+        balancer = _balancer(run)
+        state = _restore(run, engine, checkpoint) if checkpoint else State(0, _state(run, balancer), _no_cells(run))
+        journal = world.attempt(lambda: Journal(out, world.main, state.step))
+        try:
+            journal.say(_greeting(run, state))
+            surveyed, normalisers = survey(run)
+            loop = Loop(run, engine, run.columns, balancer, normalisers, journal, stop)
+            if state.step == 0:
+                found = evaluate.evaluate(run, surveyed, normalisers, evaluate.TEACHERS_STAGE, None)
+                _publish(run, found, journal, 0)
+            for stage in run.plan.stages:
+                if _finished(run, stage, state):
+                    continue
+                state = train(loop, stage, state)
+                plain.load_state_dict(engine.weights())
+                found = evaluate.evaluate(run, surveyed, normalisers, stage.name, plain)
+                _publish(run, found, journal, state.step)
+            plain.load_state_dict(engine.weights())
+            folder = out / "export"
+            world.on_main(lambda: export.write(folder, run, plain_student, plain, normalisers, journal.say))
+            world.on_main(lambda: journal.say(_farewell(run)))
+        finally:
+            journal.close()
+
+
+def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
+    """One stage, from `state` to its end; a checkpoint lies there whenever this returns, or is interrupted."""
+    run, engine, world = loop.run, loop.engine, loop.run.world
+    feed, accumulate = _feed(run, stage, state.step), run.job.optim.accumulate
+    end, watch, logged = stage.first_step + stage.steps, Stopwatch(), state.step
+    seen: list[tuple[Batch, LossTable]] = []
+    engine.train()
+    while state.step < end:
+        batches = _read(loop, state, stage, feed, accumulate)
+        lr = schedule.lr(
+            state.step - stage.first_step, steps=stage.steps, warmup=stage.warmup_steps, peak=stage.lr, end=stage.lr_end
+        )
+        generator = _seeded(run, state.step)
+        cells, seen = _no_cells(run), []
+        for batch in batches:
+            wanted = _targets(loop, stage, batch)
+            _, predicted = engine(batch.pixels_BCHW)
+            table = losses.table(
+                loop.columns,
+                predicted,
+                wanted,
+                set(wanted),
+                summary=run.job.loss.summary,
+                patches=run.job.loss.patches,
+                dispersion={name: loop.normalisers[name].dispersion for name in wanted},
+            )
+            weight_BT = loop.balancer.weigh(state.balance, table, batch.group_B, generator)
+            engine.backward(losses.objective(table, weight_BT))
+            engine.step(lr)
+            cells = _add(cells, groups.tally(batch.group_B, table.loss_BT, table.valid_BT, len(loop.values)))
+            seen.append((batch, table))
+        cells = CellStats(*(world.sum(tensor) for tensor in cells))
+        state = State(state.step + 1, loop.balancer.update(state.balance, cells), _add(state.window, cells))
+        if state.step % run.plan.log_every == 0 or state.step == end:
+            _assert_finite(loop, stage, state, seen)
+            _log(loop, stage, state, lr, (state.step - logged) * run.plan.global_batch / watch())
+            state, watch, logged = State(state.step, state.balance, _no_cells(run)), Stopwatch(), state.step
+        if state.step % run.plan.checkpoint_every == 0 or state.step == end:
+            _assert_finite(loop, stage, state, seen)
+            _save(run, engine, state)
+    return state
+
+
+# ── One step's parts ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _feed(run: Run, stage: ResolvedStage, start_step: int) -> Iterator[Batch]:
+    job = run.job
+    rows_N = run.manifest.rows("train")
+    dataset = ImageDataset(
+        run.manifest,
+        rows_N,
+        stage.size,
+        job.augment,
+        run.balance_space.index_N,
+        job.seed,
+        job.data.value_range,
+    )
+    samples = stream(
+        rows_N,
+        seed=job.seed,
+        batch=run.plan.global_batch,
+        micro=run.plan.micro,
+        rank=run.world.rank,
+        world=run.world.size,
+        accumulate=job.optim.accumulate,
+        start_step=start_step,
+    )
+    return loader(dataset, samples, job.data.workers)
+
+
+def _read(loop: Loop, state: State, stage: ResolvedStage, feed: Iterator[Batch], accumulate: int) -> list[Batch]:
+    """This step's micro-batches; a signal or an unreadable image on any rank ends the run on all of them."""
+    device = loop.run.world.device
+    error: Exception | None = None
+    batches: list[Batch] = []
+    try:
+        for batch in itertools.islice(feed, accumulate):
+            batches.append(Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch)))
+    except AgglomError as found:
+        error = found
+    failed, stopping = loop.run.world.any(error is not None, bool(loop.stop))
+    if failed or stopping:
+        path = _save(loop.run, loop.engine, state)
+        loop.run.world.agree(error)
+        raise Interrupted(
+            f"interrupted in stage {stage.name!r} after step {state.step} of {loop.run.plan.total_steps}; "
+            f"checkpoint {path}: the same command goes on from it"
+        )
+    return batches
+
+
+def _targets(loop: Loop, stage: ResolvedStage, batch: Batch) -> dict[str, Any]:
+    features = targets.encode(loop.run.teachers, stage.teachers, batch.pixels_BCHW)
+    return {name: loop.normalisers[name](raw) for name, raw in features.items()}
+
+
+def _seeded(run: Run, step: int) -> torch.Generator:
+    """All randomness of a step is a function of (seed, step, rank): a resumed run draws what it would have drawn."""
+    seed = (run.job.seed * 1_000_003 + step) * 65_537 + run.world.rank
+    torch.manual_seed(seed)
+    return torch.Generator(run.world.device).manual_seed(seed)
+
+
+def _no_cells(run: Run) -> CellStats:
+    shape = (len(run.balance_space.values) + 1, len(run.columns))
+    zeros = [torch.zeros(shape, dtype=torch.float64, device=run.world.device) for _ in range(2)]
+    return CellStats(*zeros)
+
+
+def _add(a: CellStats, b: CellStats) -> CellStats:
+    return CellStats(a.sum_GT + b.sum_GT, a.count_GT + b.count_GT)
+
+
+def _balancer(run: Run) -> Balancer:
+    """The balancer of the job, told the shares of the groups under the sampler."""
+    train_N = run.balance_space.index_N[torch.as_tensor(run.manifest.rows("train"))]
+    count_G = torch.bincount(train_N[train_N >= 0], minlength=len(run.balance_space.values))
+    cells = Cells(
+        (count_G.double() / len(train_N)).to(run.world.device),
+        losses.teacher_index(run.columns).to(run.world.device),
+        run.plan.global_batch,
+        len(train_N),
+    )
+    try:
+        return plugins.build(run.job.balance.kind, "balancers", run.job.balance.options, cells=cells)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _state(run: Run, balancer: Balancer) -> dict[str, Tensor]:
+    return {key: value.to(run.world.device) for key, value in balancer.init().items()}
+
+
+def _assert_finite(loop: Loop, stage: ResolvedStage, state: State, seen: Sequence[tuple[Batch, LossTable]]) -> None:
+    """Read at log points and before a checkpoint, so a loss that is not finite never reaches one.
+
+    Raises NumericsError that names the teachers and rows of the step.
+    """
+    if torch.isfinite(state.window.sum_GT).all():
+        return
+    names = [f"{column.teacher}/{column.kind}" for column in loop.columns]
+    mine = []
+    for batch, table in seen:
+        for row, column in torch.nonzero(table.valid_BT & ~torch.isfinite(table.loss_BT)).tolist():
+            mine.append((names[column], int(batch.row_B[row])))
+    found = [pair for pairs in loop.run.world.gather(mine) for pair in pairs]
+    rows = sorted({row for _, row in found})
+    last = loop.run.out / "checkpoints"
+    raise NumericsError(
+        f"stage {stage.name!r} step {state.step}: loss not finite for "
+        f"{', '.join(sorted({name for name, _ in found})) or 'an earlier step of this interval'}, "
+        f"{len(rows)} samples: rows {', '.join(map(str, rows[:8]))}{', …' if len(rows) > 8 else ''}; "
+        f"lower stages[{stage.index}].lr or optim.clip; the last sound checkpoint is {latest(last) or 'none'} in {last}"
+    )
+
+
+# ── What is said of a step ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _log(loop: Loop, stage: ResolvedStage, state: State, lr: float, rate: float) -> None:
+    run, columns = loop.run, loop.columns
+    grad_norm = loop.engine.grad_norm()
+    memory = max(run.world.gather(peak_memory_mib(run.world.device)))
+    if not run.world.main:
+        return
+    weight_T = torch.tensor([column.weight for column in columns], dtype=torch.float64)
+    sum_GT, count_GT = (tensor.cpu() for tensor in state.window)
+    sum_GT = sum_GT / weight_T
+    active = [index for index, column in enumerate(columns) if column.teacher in stage.teachers]
+    mean_T = sum_GT.sum(0) / count_GT.sum(0)
+    values: dict[str, float] = {"loss": float((mean_T * weight_T)[active].sum()), "lr": lr}
+    for index in active:
+        values[f"loss/{columns[index].teacher}/{columns[index].kind}"] = float(mean_T[index])
+    teachers = {name: [i for i in active if columns[i].teacher == name] for name in stage.teachers}
+    mean_GT = sum_GT / count_GT
+    if len(loop.values) > 1:
+        weight_GT = _relative_weights(loop, state)
+        for group, value in enumerate(loop.values):
+            for index in active:
+                name = f"{columns[index].teacher}/{columns[index].kind}"
+                values[f"loss_group/{name}/{value}"] = float(mean_GT[group, index])
+            for name, indices in teachers.items():
+                values[f"weight/{name}/{value}"] = float(weight_GT[group, indices[0]]) if indices else 1.0
+    values |= {"images_per_s": rate, "memory_mib": memory}
+    if grad_norm is not None:
+        values["grad_norm"] = grad_norm
+    loop.journal.record(state.step, stage.name, values)
+    loop.journal.say(_line(loop, stage, state, values, teachers, mean_T, mean_GT, rate))
+
+
+def _relative_weights(loop: Loop, state: State) -> Tensor:
+    """What a sample of each group weighs under each column, 1 = neutral: the balancer asked with one sample a group."""
+    device, shape = loop.run.world.device, (len(loop.values), len(loop.columns))
+    table = LossTable(torch.ones(shape, device=device), torch.ones(shape, dtype=torch.bool, device=device))
+    generator = torch.Generator(device).manual_seed(0)
+    group_G = torch.arange(len(loop.values), device=device)
+    return (loop.balancer.weigh(state.balance, table, group_G, generator) * loop.run.plan.global_batch).cpu()
+
+
+def _line(
+    loop: Loop,
+    stage: ResolvedStage,
+    state: State,
+    values: dict[str, float],
+    teachers: dict[str, list[int]],
+    mean_T: Tensor,
+    mean_GT: Tensor,
+    rate: float,
+) -> str:
+    total = loop.run.plan.total_steps
+    parts = [f"{stage.name} {state.step}/{total}", f"{100 * state.step / total:.1f}%", f"loss {values['loss']:.3f}"]
+    parts += [f"{name} {float(mean_T[indices].mean()):.3f}" for name, indices in teachers.items() if indices]
+    if len(loop.values) > 1:
+        active = [index for indices in teachers.values() for index in indices]
+        loss_G = mean_GT[:-1][:, active].mean(1).nan_to_num(-torch.inf)
+        worst = int(loss_G.argmax())
+        parts.append(f"worst {loop.values[worst]} {float(loss_G[worst]):.3f}")
+    left = (total - state.step) * loop.run.plan.global_batch / rate
+    return "  ".join([*parts, f"{rate:.0f} img/s", f"eta {duration(left)}"])
+
+
+def _greeting(run: Run, state: State) -> str:
+    where = f"goes on after step {state.step}" if state.step else "starts"
+    return (
+        f"agglom {__version__} {where}: {len(run.plan.stages)} stages, {run.plan.total_steps} steps of "
+        f"{run.plan.global_batch} images on {run.world.size} rank{'s' * (run.world.size > 1)} ({run.world.device.type})"
+    )
+
+
+def _farewell(run: Run) -> str:
+    last = run.out / "reports" / run.plan.stages[-1].name
+    return "\n".join(
+        [
+            "",
+            report.headline(report.load(last.with_suffix(".json"))),
+            "",
+            f"report  {last}.html",
+            f"export  {run.out / 'export'}",
+        ]
+    )
+
+
+def _publish(run: Run, found: report.GroupReport | None, journal: Journal, step: int) -> None:
+    def publish() -> None:
+        evaluate.publish(run, found)
+        journal.report(step, found.stage, found.rows, found.context["split"])
+
+    run.world.on_main(publish)
+
+
+# ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _prepare(run: Run, resume: str) -> Path | None:
+    """Write down what will run, and find the checkpoint to go on from."""
+    folder = run.out / "checkpoints"
+    tag = latest(folder)
+    if resume == "never" and tag is not None:
+        raise ConfigError(
+            f"--resume never: {run.out} already holds a run ({folder / tag}), which would be overwritten; "
+            "choose another --out, delete that folder, or go on with --resume auto"
+        )
+    checkpoint = Path(resume) if resume not in ("auto", "never") else folder / tag if tag else None
+    if checkpoint is not None:
+        check_identity(_identity(run), checkpoint)
+    with disk(run.out / "config.yaml"):
+        run.out.mkdir(parents=True, exist_ok=True)
+        (run.out / "config.yaml").write_text(config.dump(run.job))
+        (run.out / "plan.md").write_text(plan.render(run.plan, run.job, run.manifest))
+    return checkpoint
+
+
+def _identity(run: Run) -> dict[str, str]:
+    return run.identity | {"ranks": str(run.world.size)}
+
+
+def _save(run: Run, engine: Engine, state: State) -> Path:
+    folder, tag = run.out / "checkpoints", f"step-{state.step:08d}"
+    if latest(folder) == tag:
+        return folder / tag
+
+    def identify() -> None:
+        with disk(folder / tag):
+            (folder / tag).mkdir(parents=True, exist_ok=True)
+            (folder / tag / IDENTITY).write_text(json.dumps(_identity(run), indent=1))
+
+    run.world.on_main(identify)
+    kept = {
+        "step": state.step,
+        "balance": {key: value.cpu() for key, value in state.balance.items()},
+        "window": tuple(tensor.cpu() for tensor in state.window),
+    }
+    engine.save(folder, tag, kept, run.job.log.keep)
+    return folder / tag
+
+
+def _restore(run: Run, engine: Engine, checkpoint: Path) -> State:
+    kept = engine.load(checkpoint.parent, checkpoint.name)
+    device = run.world.device
+    return State(
+        kept["step"],
+        {key: value.to(device) for key, value in kept["balance"].items()},
+        CellStats(*(tensor.to(device) for tensor in kept["window"])),
+    )
+
+
+def _finished(run: Run, stage: ResolvedStage, state: State) -> bool:
+    """Whether a stage is trained and evaluated. A run that stopped in between is evaluated first."""
+    end = stage.first_step + stage.steps
+    reported = run.world.broadcast((run.out / "reports" / f"{stage.name}.json").is_file())
+    return state.step > end or (state.step == end and reported)

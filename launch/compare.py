@@ -1,0 +1,9 @@
+"""`agglom compare` for the DeepSpeed launcher, from a bare checkout and any folder."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the launcher puts launch/ there
+from agglom.cli import main  # noqa: E402
+
+sys.exit(main(["compare", *sys.argv[1:]]))

@@ -1,0 +1,52 @@
+"""Any backbone of timm as the student: convolutional, hierarchical or patch transformer.
+
+Source: https://github.com/huggingface/pytorch-image-models (Apache-2.0; pretrained weights have licences of their
+own). The export is plain timm: `timm.create_model(recipe["architecture"], num_classes=0, **recipe["model_args"])`.
+"""
+
+from __future__ import annotations
+
+from agglom.core.tokens import TimmEncoder
+from agglom.core.types import PixelSpec, Student
+from agglom.weights import measured, timm_network
+
+
+def build(
+    *,
+    model: str,
+    pretrained: bool = False,
+    size: int | None = None,
+    drop_path: float = 0.0,
+    checkpoint: str | None = None,
+) -> Student:
+    """A trainable timm backbone without classifier.
+
+    model: a name of timm, `hf-hub:…` or `local-dir:…`; pretrained: start from its published weights; checkpoint:
+    start from a local file instead; size: pin the input side in pixels (default: it follows the stage); drop_path:
+    rate of stochastic depth. Raises PluginError.
+    """
+    extra = {"drop_path_rate": drop_path} if drop_path else {}
+    net, args, patch, side = timm_network(
+        "students.timm", model, pretrained=pretrained, checkpoint=checkpoint, size=size, **extra
+    )
+    cfg = net.pretrained_cfg
+    module = TimmEncoder(net, cfg["mean"], cfg["std"])
+    dims, _ = measured("students.timm", model, module.eval(), patch, side)
+    return Student(
+        module=module.train(),
+        backbone=net,
+        dims=dims,
+        pixels=PixelSpec(mean=tuple(cfg["mean"]), std=tuple(cfg["std"]), patch=patch, size=side),
+        recipe={
+            "architecture": cfg.get("architecture") or model,
+            "model_args": args,
+            "pretrained_cfg": {
+                "mean": list(cfg["mean"]),
+                "std": list(cfg["std"]),
+                "input_size": [3, side, side] if side else list(cfg["input_size"]),
+                "interpolation": cfg.get("interpolation", "bicubic"),
+                "crop_pct": 1.0,
+                "num_classes": 0,
+            },
+        },
+    )

@@ -1,0 +1,63 @@
+"""The vision tower of any OpenCLIP model as a teacher: CLIP, EVA-CLIP, SigLIP, CoCa, BiomedCLIP, …
+
+Source: https://github.com/mlfoundations/open_clip (MIT); the weights have the licence that their authors chose.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from agglom.core.tokens import Conditioner, flatten_map, freeze, to_float32, weights_digest
+from agglom.core.types import Features, PixelSpec, Teacher
+from agglom.errors import PluginError
+from agglom.weights import hub_error, measured
+
+
+def build(*, model: str, pretrained: str | None = None, size: int | None = None) -> Teacher:
+    """A frozen vision tower; the text tower is dropped.
+
+    model: a name of OpenCLIP (`ViT-B-32`), `hf-hub:…` or `local-dir:…` (a folder with `open_clip_config.json` and
+    weights); pretrained: tag or local file, needed with a bare name; size: side of the input in pixels (default:
+    that of the model; position embeddings are resampled once). Raises PluginError.
+
+    The summary is the image embedding in the space shared with text, the patches are the tokens of the last block,
+    normalised as the tower does before it pools them.
+    """
+    import open_clip
+
+    if pretrained is None and not model.startswith(("hf-hub:", "local-dir:")):
+        tags = [tag for name, tag in open_clip.list_pretrained() if name == model]
+        choice = f"one of its tags ({', '.join(tags)}) or a local file" if tags else "a local file"
+        raise PluginError(f"teachers.open_clip: '{model}' needs `pretrained`: {choice}")
+    try:
+        tower = open_clip.create_model(
+            model, pretrained=pretrained, force_image_size=size, pretrained_text=False, require_pretrained=True
+        ).visual
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise hub_error("teachers.open_clip", model, error) from error
+    height, width = tower.image_size if isinstance(tower.image_size, tuple) else (tower.image_size,) * 2
+    if height != width:
+        raise PluginError(f"teachers.open_clip: '{model}' takes {height}×{width} px: set `size` to make it square")
+    mean, std = tuple(tower.image_mean), tuple(tower.image_std)
+    condition = Conditioner(mean, std)
+    # An attentional pooler normalises after pooling, to another width: its tower pools raw tokens.
+    normalised = getattr(tower, "attn_pool", None) is None and not getattr(tower, "final_ln_after_pool", False)
+    tower.condition = condition
+    freeze(tower)
+
+    def encode(pixels_BCHW: Tensor) -> Features:
+        output = tower.forward_intermediates(
+            condition(pixels_BCHW), indices=1, normalize_intermediates=normalised, output_fmt="NCHW"
+        )
+        patches_BND, grid = flatten_map(output["image_intermediates"][-1])
+        return to_float32(Features(output["image_features"], patches_BND, grid))
+
+    dims, grid = measured("teachers.open_clip", model, encode, 1, height)
+    return Teacher(
+        module=tower,
+        encode=encode,
+        dims=dims,
+        pixels=PixelSpec(mean=mean, std=std, patch=height // grid[0], size=height),
+        fingerprint=weights_digest(tower, f"open_clip/{model}/{pretrained}/{mean}/{std}/{height}"),
+        licence="unknown",
+    )

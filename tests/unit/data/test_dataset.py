@@ -1,0 +1,144 @@
+"""Views: the same for the same (seed, row, view), crops within their bounds, clean views whole."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from agglom.config import Augment
+from agglom.data.dataset import ImageDataset, augmented, collate, crop_box, resize, view_random
+from agglom.data.manifest import Manifest
+from agglom.data.sampler import loader
+from agglom.errors import DataError
+
+ROWS = 6
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory) -> Manifest:
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    images = []
+    for row in range(ROWS):
+        images.append(str(folder / f"{row}.png"))
+        Image.fromarray(rng.integers(0, 256, (40, 48) if row % 2 else (40, 48, 3), dtype=np.uint8)).save(images[-1])
+    return Manifest(
+        path=Path("m.csv"),
+        images=tuple(images),
+        patient_N=np.arange(ROWS),
+        patients=tuple("abcdef"),
+        split_N=np.array(["train"] * ROWS),
+        label_NL=np.array([[1], [0], [np.nan]] * 2, np.float32),
+        labels=("sick",),
+        attributes={},
+        digest="",
+    )
+
+
+def dataset(manifest: Manifest, **options) -> ImageDataset:
+    defaults = {"size": 16, "augment": Augment(), "group_N": np.array([0, 1, -1] * 2), "seed": 3}
+    return ImageDataset(manifest, manifest.rows("train"), **{**defaults, **options})
+
+
+def test_batch(manifest):
+    data = dataset(manifest)
+    batch = collate([data[2, 0], data[1, -1]])
+    assert batch.pixels_BCHW.shape == (2, 3, 16, 16)
+    assert batch.pixels_BCHW.dtype == torch.float32
+    assert batch.row_B.tolist() == [2, 1]
+    assert batch.view_B.tolist() == [0, -1]
+    assert batch.group_B.tolist() == [-1, 1]
+    assert {x.dtype for x in (batch.row_B, batch.view_B, batch.group_B)} == {torch.int64}
+    torch.testing.assert_close(batch.label_BL, torch.tensor([[torch.nan], [0.0]]), equal_nan=True)
+    assert 0 <= batch.pixels_BCHW.min() <= batch.pixels_BCHW.max() <= 1
+    assert len(data) == ROWS
+
+
+def test_without_labels(manifest):
+    bare = replace(manifest, labels=(), label_NL=np.zeros((ROWS, 0), np.float32))
+    assert collate([dataset(bare)[0, 0]]).label_BL is None
+
+
+def test_views_repeat_and_differ(manifest):
+    pixels = {key: dataset(manifest)[key].pixels_BCHW for key in ((0, 0), (0, 1), (0, -1))}
+    torch.manual_seed(99)
+    for key, value in pixels.items():
+        torch.testing.assert_close(dataset(manifest)[key].pixels_BCHW, value, rtol=0, atol=0)
+    assert not torch.equal(pixels[0, 0], pixels[0, 1])
+    assert not torch.equal(pixels[0, 0], dataset(manifest, seed=4)[0, 0].pixels_BCHW)
+    torch.testing.assert_close(dataset(manifest, augment=None)[0, 7].pixels_BCHW, pixels[0, -1], rtol=0, atol=0)
+
+
+def test_views_are_pinned():
+    """A change of these numbers changes every run: say so in the release notes."""
+    assert crop_box(100, 200, (0.5, 1.0), view_random(0, 1, 2)) == (1, 27, 94, 114)
+
+
+def test_clean_view_is_the_whole_image():
+    ramp_CHW = torch.linspace(0, 1, 64).expand(1, 32, 64)
+    small_CHW = resize(ramp_CHW, 8)
+    assert small_CHW.shape == (1, 8, 8)
+    torch.testing.assert_close(small_CHW[0, 0], torch.linspace(0, 1, 64).reshape(8, 8).mean(1), atol=0.02, rtol=0)
+
+
+def test_grey_image_has_three_equal_channels(manifest):
+    pixels_CHW = dataset(manifest)[1, 0].pixels_BCHW
+    assert torch.equal(pixels_CHW[0], pixels_CHW[2])
+
+
+def test_flip_only_on_request():
+    ramp_CHW = torch.linspace(0, 1, 32).expand(1, 32, 32)
+    rising = {
+        flip: [
+            bool((lambda v: v[0, 0, 0] < v[0, 0, -1])(augmented(ramp_CHW, 8, Augment(flip=flip), view_random(0, r, 0))))
+            for r in range(60)
+        ]
+        for flip in (False, True)
+    }
+    assert all(rising[False])
+    assert 15 < sum(rising[True]) < 45
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    height=st.integers(1, 600),
+    width=st.integers(1, 600),
+    scale=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(lambda pair: tuple(sorted(pair))),
+    seed=st.integers(0, 10**9),
+)
+def test_crops_lie_inside(height, width, scale, seed):
+    top, left, h, w = crop_box(height, width, scale, random.Random(seed))
+    assert 0 <= top <= top + h <= height
+    assert 0 <= left <= left + w <= width
+    assert h >= 1
+    assert w >= 1
+    if min(h, w) > 50:
+        assert 0.72 < w / h < 1.39
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_names_file_and_row(manifest, workers, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG")
+    data = dataset(replace(manifest, images=(str(broken),) * ROWS))
+    with pytest.raises(DataError) as caught:
+        next(loader(data, [[(4, 0)]], workers))
+    assert str(caught.value).startswith(f"{broken}: the image cannot be decoded")
+    assert str(caught.value).endswith("(data row 5 of m.csv)")
+
+
+def test_workers_do_not_change_pixels(manifest):
+    micro_batches = [[(row, view) for row in range(ROWS)] for view in (-1, 0, 1)]
+    state = torch.get_rng_state()
+    alone = list(loader(dataset(manifest), micro_batches, 0))
+    shared = list(loader(dataset(manifest), micro_batches, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(alone, shared, strict=True):
+        assert torch.equal(a.pixels_BCHW, b.pixels_BCHW)
+        assert torch.equal(a.view_B, b.view_B)

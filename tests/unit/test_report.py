@@ -1,0 +1,539 @@
+"""Group reports: schema, nulls, words that never claim more than an interval allows, and files that stand alone."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import html
+import itertools
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agglom import findings, report
+from agglom.errors import DataError
+from agglom.report import GroupReport
+
+TEACHERS = ("dinov2", "dinov2-erased-device", "efficientnet-lite0")
+SKILL = {
+    "student": 0.0,
+    "teacher/dinov2": 0.03,
+    "teacher/dinov2-erased-device": 0.01,
+    "teacher/efficientnet-lite0": -0.04,
+    "ensemble": 0.035,
+}
+PLACES = {
+    ("", "all"): (400, "ok", 0.9),
+    ("device", "A"): (200, "ok", 0.94),
+    ("device", "B"): (200, "ok", 0.86),
+    ("sex*view", "F|AP"): (190, "ok", 0.9),
+    ("sex*view", "F|PA"): (170, "ok", 0.91),
+    ("sex*view", "M|AP"): (12, "below_min_pos", 0.83),
+    ("sex*view", "M|PA"): (0, "empty", math.nan),
+}
+
+
+def row(stage, predictor, metric, label, place, value, half, n, status, **more):
+    undefined = status in ("empty", "single_class", "constant_score")
+    value = math.nan if undefined else value
+    lo, hi = value - half, value + half
+    if " - " not in predictor:
+        lo, hi = (max(0.0, lo), hi if metric.startswith("fvu") else min(1.0, hi)) if not undefined else (lo, hi)
+    base = {
+        **{"stage": stage, "predictor": predictor, "metric": metric, "label": label},
+        **{"attribute": place[0], "group": place[1], "value": value, "lo": lo, "hi": hi},
+        **{"n": n, "n_pos": n * 2 // 5, "n_neg": n - n * 2 // 5, "n_patients": n * 9 // 10, "status": status},
+        **{
+            "split": "test",
+            "readout": "linear",
+            "target": "",
+            "threshold": math.nan,
+            "ci_method": "delong",
+            "note": "",
+        },
+    }
+    return base | more
+
+
+def make_rows(stage="full", labels=("even",), lift=0.0, student=True, seed=0):
+    """Rows as an evaluation writes them: three teachers, devices A and B, a crossing with a small and an empty cell."""
+    draw = random.Random(f"{stage}{seed}")
+    rows = []
+    names = [name for name in SKILL if student or name != "student"]
+    for label in labels:
+        level = {
+            (p, place): base + SKILL[p] / 2 + lift + draw.gauss(0, 0.006)
+            for p in names
+            for place, (*_, base) in PLACES.items()
+        }
+        for place, (n, status, _) in PLACES.items():
+            half = 0.9 / math.sqrt(n) * 0.6 if n else math.nan
+            for p in names:
+                value = level[p, place]
+                for readout, less in (("linear", 0.0), ("knn", 0.02)):
+                    rows.append(row(stage, p, "auroc", label, place, value - less, half, n, status, readout=readout))
+                for metric, centre in (
+                    ("accuracy", value - 0.08),
+                    ("tpr", value - 0.1),
+                    ("fpr", 0.95 - value),
+                    ("ece", 0.04),
+                ):
+                    found = abs(centre + draw.gauss(0, 0.01))
+                    rows.append(row(stage, p, metric, label, place, found, half, n, status, threshold=0.41))
+                if p.startswith("teacher/") and student:
+                    delta = level["student", place] - value
+                    rows.append(row(stage, f"student - {p}", "auroc", label, place, delta, half * 0.5, n, status))
+        for p in names:
+            for metric, base in (("auroc", 0.08), ("tpr", 0.12), ("fpr", 0.09)):
+                place, more = ("device", "all"), {"n": 400, "status": "ok"}
+                rows.append(row(stage, p, f"{metric}_gap", label, place, base, 0.05, note="", **more))
+                rows.append(row(stage, p, f"{metric}_worst", label, place, 0.86, 0.06, note="B", **more))
+    return rows + (make_fvu(stage, draw) if student else [])
+
+
+def make_fvu(stage="full", draw=None):
+    draw = draw or random.Random(stage)
+    rows = []
+    for place, (n, status, base) in PLACES.items():
+        for teacher, level in zip(TEACHERS, (0.62, 0.7, 0.55), strict=True):
+            for metric, kind in (("fvu_angular", "summary"), ("fvu", "patches")):
+                value = level + 1.2 * (0.9 - base) + draw.gauss(0, 0.01)
+                status = "ok" if n else "empty"
+                half, more = 0.4 / math.sqrt(n or 1), {"readout": "none", "target": f"{teacher}/{kind}"}
+                rows.append(row(stage, "student", metric, "", place, value, half, n, status, **more))
+    return rows
+
+
+def make_context(**more):
+    groups = []
+    for split, scale in (("train", 3), ("val", 0.5), ("test", 1)):
+        for (attribute, group), (n, *_) in PLACES.items():
+            groups.append(
+                {
+                    "attribute": attribute,
+                    "group": group,
+                    "split": split,
+                    "n_images": int(n * scale),
+                    "n_patients": int(n * scale * 0.9),
+                }
+            )
+        groups.append(
+            {
+                "attribute": "sex*view",
+                "group": None,
+                "split": split,
+                "n_images": int(28 * scale),
+                "n_patients": int(25 * scale),
+            }
+        )
+    base = {
+        "index": 2,
+        "name": "digits",
+        "split": "test",
+        "groups": groups,
+        "min_support": 30,
+        "simulated": ["device"],
+        "notes": ["The images are handwritten digits, not patients."],
+        "history": [("teachers", make_rows("teachers", student=False)), ("warm", make_rows("warm", lift=-0.05))],
+    }
+    return base | more
+
+
+@pytest.fixture(scope="module")
+def one() -> GroupReport:
+    return GroupReport("full", make_rows(), make_context())
+
+
+@pytest.fixture(scope="module")
+def texts(one, tmp_path_factory) -> dict[str, str]:
+    paths = report.write(one, tmp_path_factory.mktemp("out") / "reports")
+    return {path.suffix: path.read_text(encoding="utf-8") for path in paths}
+
+
+def render(tmp_path, rows, **context) -> tuple[str, str]:
+    paths = report.write(GroupReport("full", rows, make_context(**context)), tmp_path)
+    return paths[2].read_text(encoding="utf-8"), paths[3].read_text(encoding="utf-8")
+
+
+def lead(markdown: str) -> str:
+    return re.search(r"^\*\*(.+)\*\*$", markdown, re.M)[1]
+
+
+def visible(page: str) -> str:
+    """The text of a page without its style sheet and its tags."""
+    return html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r"<style>.*?</style>", "", page, flags=re.S)))
+
+
+class Outline(HTMLParser):
+    """Checks that tags nest, and remembers them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+# ── Files ──
+
+
+def test_json_has_every_column_and_null_for_undefined(texts):
+    raw = json.loads(texts[".json"], parse_constant=lambda name: pytest.fail(name))
+    assert raw["schema"] == 1
+    assert raw["stage"] == "full"
+    assert all(list(row) == list(report.COLUMNS) for row in raw["rows"])
+    empty = [row for row in raw["rows"] if row["status"] == "empty"]
+    assert empty
+    assert all(row["value"] is row["lo"] is row["hi"] is None for row in empty)
+    assert {row["status"] for row in raw["rows"]} == {"ok", "below_min_pos", "empty"}
+
+
+def test_array_scalars_and_infinities_become_plain_values():
+    numpy = pytest.importorskip("numpy")
+    found = GroupReport("s", [{"value": numpy.float64("nan"), "hi": math.inf, "n": numpy.int64(3)}]).rows[0]
+    assert found["value"] is found["hi"] is None
+    assert found["n"] == 3
+    assert type(found["n"]) is int
+
+
+def test_load_gives_back_what_was_written(one, tmp_path):
+    assert report.load(report.write(one, tmp_path)[0]) == one
+
+
+def test_csv_holds_the_same_rows(one, texts):
+    rows = list(csv.DictReader(texts[".csv"].splitlines()))
+    assert [dict(row) for row in rows] == [
+        {key: "" if value is None else str(value) for key, value in row.items()} for row in one.rows
+    ]
+
+
+def test_full_disk_names_the_file_and_leaves_the_old_one(one, tmp_path, monkeypatch):
+    before = report.write(one, tmp_path)[0].read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DataError, match=r"full\.json: cannot be written \(No space left on device\).*agglom evaluate"):
+        report.write(one, tmp_path)
+    assert (tmp_path / "full.json").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_folder_that_cannot_be_made_is_a_data_error(one, tmp_path):
+    (tmp_path / "reports").write_text("a file")
+    with pytest.raises(DataError, match=r"full\.json: cannot be written"):
+        report.write(one, tmp_path / "reports")
+
+
+BROKEN = {
+    "cut short": (lambda raw: json.dumps(raw)[:-20], "not a readable report"),
+    "not json": (lambda raw: json.dumps(raw).replace("null", "NaN"), "NaN is not JSON"),
+    "list": (lambda raw: "[]", "expected an object, got list"),
+    "schema": (lambda raw: json.dumps(raw | {"schema": 2}), "schema: expected 1, got 2"),
+    "no context": (lambda raw: json.dumps(raw | {"context": None}), "context: expected a dict"),
+    "row": (lambda raw: json.dumps(raw | {"rows": [3]}), r"rows\[0\]: expected an object, got int"),
+    "column": (lambda raw: json.dumps(raw | {"rows": [{"status": "ok"}]}), r"rows\[0\]: 'stage' is missing"),
+    "status": (lambda raw: json.dumps(raw).replace('"ok"', '"fine"'), "'fine' is not one of ok, empty"),
+    "type": (lambda raw: json.dumps(raw).replace('"n": 400', '"n": "400"'), r"rows\[0\]\.n: expected a number or null"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_report_is_a_data_error_with_a_remedy(one, tmp_path, name):
+    path = report.write(one, tmp_path)[0]
+    spoil, message = BROKEN[name]
+    path.write_text(spoil(json.loads(path.read_text())))
+    with pytest.raises(DataError, match=message) as caught:
+        report.load(path)
+    assert str(path) in str(caught.value)
+    assert "agglom evaluate" in str(caught.value)
+
+
+def test_missing_report_is_a_data_error(tmp_path):
+    with pytest.raises(DataError, match="no such report"):
+        report.load(tmp_path / "full.json")
+
+
+# ── Pages ──
+
+
+@pytest.mark.parametrize("suffix", [".md", ".html"])
+def test_every_number_shown_is_a_rows(one, texts, suffix):
+    rows = one.rows + [row for _, past in one.context["history"] for row in past]
+    keys = ("value", "lo", "hi", "threshold")
+    known = {f"{abs(row[key]):.3f}" for row in rows for key in keys if row[key] is not None}
+    text = visible(texts[suffix])
+    shown = set(re.findall(r"(?<![\d.])\d+\.\d{3}(?!\d)", text))
+    assert len(shown) > 100
+    assert shown <= known
+    groups = one.context["groups"]
+    counts = {f"{n:,}" for row in rows for n in (row["n"], row["n_patients"], row["n_pos"])}
+    counts |= {f"{n:,}" for group in groups for n in (group["n_images"], group["n_patients"])}
+    assert set(re.findall(r"([\d,]+) (?:patients?|images?|positive)\b", text)) <= counts
+
+
+def test_page_stands_alone_and_is_well_formed(texts):
+    page = texts[".html"]
+    for word in ("http:", "https:", "//", "src=", "<script", "<link", "url(", "@import", "/*"):
+        assert word not in page
+    assert "default-src 'none'" in page
+    for word in ("prefers-color-scheme: dark", "@media print", 'lang="en"'):
+        assert word in page
+    outline = Outline()
+    outline.feed(page)
+    assert not outline.open
+    levels = [int(tag[1]) for tag, _ in outline.seen if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1
+    assert all(later - sooner <= 1 for sooner, later in itertools.pairwise(levels))
+    drawings = [attrs for tag, attrs in outline.seen if tag == "svg"]
+    assert all(attrs.get("aria-hidden") or attrs.get("aria-labelledby") for attrs in drawings)
+    names = [attrs["id"] for _, attrs in outline.seen if "id" in attrs]
+    assert len(names) == len(set(names))
+    assert {attrs["href"][1:] for tag, attrs in outline.seen if tag == "a"} <= set(names)
+
+
+def test_models_are_told_apart_by_shape(texts):
+    rows = re.findall(r'<th scope="row">([\w-]+)</th>\s*<td class="plot">(.*?)</td>', texts[".html"], re.S)
+    shapes = {}
+    for name, drawing in rows[:5]:
+        shapes[name] = re.search(r'<path class="(dot|open)" d="([^"]+)"', drawing).groups()
+    assert list(shapes) == ["student", *TEACHERS, "ensemble"]
+    assert len(set(shapes.values())) == 5
+
+
+def test_names_cannot_act_as_markup(tmp_path):
+    nasty = "<b>|`*x*`"
+    rows = [one | {"label": nasty, "group": one["group"].replace("AP", "A<i>P")} for one in make_rows()]
+    markdown, page = render(tmp_path, rows, notes=["<script>"])
+    assert "<b>" not in page
+    assert "<i>" not in page
+    assert "<script" not in page
+    tables = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(re.search(r"(?<!\\)\|$", line) for line in tables)
+    assert "\\<b\\>\\|\\`\\*x\\*\\`" in markdown
+    assert "<i>" not in markdown
+
+
+def test_output_is_deterministic(one, texts, tmp_path):
+    again = {path.suffix: path.read_text(encoding="utf-8") for path in report.write(one, tmp_path)}
+    assert again == texts
+
+
+# ── Words ──
+
+
+@pytest.mark.parametrize(
+    ("shift", "word", "others"),
+    [
+        (-0.2, "scores worse there", "better|cannot tell"),
+        (0.2, "scores better there", "worse|cannot tell"),
+        (0.0, "these patients cannot tell", "scores better|scores worse"),
+    ],
+)
+def test_finding_claims_no_more_than_the_interval(tmp_path, shift, word, others):
+    rows = make_rows()
+    for one in rows:
+        if one["predictor"].startswith("student - "):
+            half = one["hi"] - one["value"]
+            one |= {"value": shift, "lo": shift - half, "hi": shift + half}
+    text = lead(render(tmp_path, rows)[0])
+    assert word in text
+    assert not re.search(others, text)
+
+
+def test_finding_is_drawn_from_groups_with_support_only(tmp_path):
+    markdown, page = render(tmp_path, make_rows())
+    assert "scores lowest in device B (simulated)" in lead(markdown)
+    scored = [one for one in make_rows() if one["metric"] == "auroc" and one["predictor"] == "student"]
+    groups = [one for one in scored if one["group"] != "all" and one["status"] != "empty"]
+    lowest = min(groups, key=lambda one: one["value"])
+    assert lowest["group"] == "M|AP"
+    assert "too few to judge" in page
+    assert "No finding, too few positive patients: sex × view M · AP (10 patients, 12 images, 4 positive)." in page
+    assert "No finding, no image: sex × view M · PA (0 patients, 0 images)." in page
+    assert "28 images of 25 patients lack sex × view" in page
+
+
+def test_gap_that_reaches_zero_is_not_a_difference(tmp_path):
+    rows = [one | {"lo": 0.0} if one["metric"] == "auroc_gap" else one for one in make_rows()]
+    assert "this reaches 0, so we cannot tell whether they differ" in render(tmp_path, rows)[0]
+    assert "apart: the groups differ." in render(tmp_path, make_rows())[0]
+
+
+def test_split_and_simulation_are_named(tmp_path):
+    rows = [one | {"split": "val"} for one in make_rows()]
+    markdown, page = render(tmp_path, rows, split="val", history=[])
+    for text in (markdown, page):
+        assert "validation patients" in text
+        assert "There is no test split" in text
+        assert "simulated by image processing" in text
+    markdown, page = render(tmp_path, make_rows(), simulated=[])
+    assert "test patients" in markdown
+    assert "simulated" not in markdown + page
+    assert "no test split" not in page
+
+
+def test_rows_of_the_other_split_are_left_out(tmp_path):
+    other = [one | {"split": "val", "value": 0.123456} for one in make_rows()]
+    assert "0.123" not in render(tmp_path, make_rows() + other)[0]
+
+
+def test_without_labels(tmp_path):
+    markdown, page = render(tmp_path, make_fvu(), history=[("warm", make_fvu("warm"))])
+    assert "explains least of dinov2-erased-device" in lead(markdown)
+    assert "There are no labels" in page
+    assert "AUROC" not in page
+    assert "Stage by stage" in page
+    assert "fvu" in report.headline(GroupReport("full", make_fvu())).lower()
+
+
+def test_fvu_of_a_handful_of_patients_is_no_finding(tmp_path):
+    rows = [one | ({"value": 5.0, "hi": 6.0} if one["group"] == "M|AP" else {}) for one in make_fvu()]
+    markdown, _ = render(tmp_path, rows, history=[])
+    assert "M · AP" not in lead(markdown)
+    assert "No finding, too few patients: sex × view M · AP" in markdown
+
+
+def test_several_labels(tmp_path):
+    labels = ("Effusion", "Mass", "Nodule", "Hernia")
+    markdown, page = render(tmp_path, make_rows(labels=labels), history=[])
+    assert "of 16 combinations of a label and a group" in lead(markdown)
+    for label in labels:
+        assert f"How well “{label}” is recognised" in page
+        assert f"For “{label}”, the student scores lowest in" in page
+    assert "labels left for the report: 1" in report.headline(GroupReport("s", make_rows(labels=labels)))
+
+
+def test_teachers_alone(tmp_path):
+    markdown, page = render(tmp_path, make_rows(student=False), history=[])
+    assert "the teacher dinov2 scores lowest in" in lead(markdown)
+    assert "Student minus each teacher" not in page
+
+
+def test_too_few_patients_everywhere(tmp_path):
+    rows = [one | {"status": "below_min_neg"} for one in make_rows() if one["metric"] == "auroc"]
+    markdown, _ = render(tmp_path, rows, history=[])
+    assert lead(markdown) == "For “even”, there are too few patients for a finding."
+    assert not re.search("scores (better|worse) ", markdown)
+
+
+def test_one_undefined_model_says_why(tmp_path):
+    rows = [
+        one | {"status": "constant_score", "value": None, "lo": None, "hi": None}
+        if TEACHERS[1] in one["predictor"] and one["group"] == "B"
+        else one
+        for one in make_rows()
+    ]
+    markdown, page = render(tmp_path, rows)
+    assert "every image has the same score" in page
+    assert f"No finding, every image has the same score of {TEACHERS[1]}: device B" in markdown
+
+
+# ── Terminal ──
+
+
+def test_headline_is_a_table_of_models_and_groups(one):
+    lines = report.headline(one).splitlines()
+    assert lines[0] == "stage full, test split, by device (simulated); 95 % intervals"
+    assert lines[2].split() == ["AUROC,", "even", "all", "A", "B"]
+    names = [line.split()[0] for line in lines[3:]]
+    assert names == ["student", *(f"teacher/{name}" for name in TEACHERS), "ensemble", "images"]
+    assert lines[-1].split() == ["images", "400", "200", "200"]
+
+
+@pytest.mark.parametrize("groups", [1, 4, 9, 40])
+def test_headline_fits_the_terminal(groups):
+    places = [("", "all"), *(("vendor", f"Manufacturer number {i}") for i in range(groups))]
+    names, label = ("student", f"teacher/{'very-long-name-' * 4}"), "Pleural thickening of uncertain kind" * 2
+    rows = [row("s", name, "auroc", label, place, 0.8, 0.1, 50, "ok") for place in places for name in names]
+    lines = report.headline(GroupReport("s", rows)).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert ("groups left" in lines[-1]) == (groups > 2)
+
+
+def test_headline_marks_what_is_weak_or_undefined(one):
+    rows = [
+        r | {"attribute": "" if r["group"] == "all" else "sex*view"} for r in one.rows if r["attribute"] != "device"
+    ]
+    text = report.headline(GroupReport("s", rows))
+    assert re.search(r"student +0\.\d{3} +0\.\d{3} +0\.\d{3} +0\.\d{3}\* +-", text)
+    assert "* too few positive patients" in text
+    assert "- no image" in text
+
+
+def test_compare_prints_the_last_stage(one, tmp_path):
+    report.write(GroupReport("warm", make_rows("warm"), {"index": 1}), tmp_path / "reports")
+    report.write(one, tmp_path / "reports")
+    text = report.compare(tmp_path)
+    assert text.startswith("stage full, test split")
+    assert max(map(len, text.splitlines())) <= 110
+    pairs = [r for r in one.rows if r["predictor"].startswith("student - ") and r["group"] == "B"]
+    for r in pairs:
+        assert f"{r['value']:+.3f}" in text
+        assert f"[{r['lo']:+.3f}, {r['hi']:+.3f}]" in text
+    assert f"smallest lower bound  {min(r['lo'] for r in pairs):+.3f}" in text
+    assert re.search(r"sex\*view M\|PA +0 .*no image", text)
+
+
+def test_compare_without_labels_shows_what_is_unexplained(tmp_path):
+    report.write(GroupReport("full", make_fvu(), {"index": 1}), tmp_path / "reports")
+    text = report.compare(tmp_path)
+    assert text.startswith("No labels")
+    assert "dinov2/patches" in text
+
+
+def test_compare_explains_what_it_lacks(tmp_path):
+    with pytest.raises(DataError, match="holds no report"):
+        report.compare(tmp_path)
+    path = report.write(GroupReport("teachers", make_rows(student=False), {"index": 0}), tmp_path / "reports")[0]
+    with pytest.raises(DataError, match="no stage with a student"):
+        report.compare(tmp_path)
+    report.write(GroupReport("full", make_rows()), tmp_path / "reports")
+    with pytest.raises(DataError, match=r"full\.json: context\.index must be an integer"):
+        report.compare(tmp_path)
+    path.write_text("{")
+    with pytest.raises(DataError, match=r"not a readable report|context\.index"):
+        report.compare(tmp_path)
+
+
+# ── Parts ──
+
+
+def test_numbers_have_a_true_minus_and_no_negative_zero():
+    assert findings.number(-0.0123) == "−0.012"
+    assert findings.number(-0.0001, signed=True) == "0.000"
+    assert findings.number(0.5, signed=True) == "+0.500"
+    assert findings.number(None) == "–"
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=8), st.one_of(st.none(), st.floats(-1, 1)))
+def test_axis_holds_all_values_between_round_ticks(values, mark):
+    rows = [{"value": value, "lo": value - 0.1, "hi": None, "weak": value < 0} for value in values]
+    axis = findings.axis(rows, mark)
+    assert list(axis.ticks) == sorted(axis.ticks)
+    assert 2 <= len(axis.ticks) <= 7
+    assert not any(axis.beyond(value) for value in values)
+    assert mark is None or not axis.beyond(mark)
+    assert all(0 <= axis.at(value) <= axis.size for value in values)
+
+
+def test_import_is_light():
+    code = "import sys, agglom.report; print({'torch', 'matplotlib', 'pandas', 'jinja2'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
