@@ -69,10 +69,10 @@ def launched() -> Iterator[World]:
     if on_gpu:
         torch.cuda.set_device(device)
     threads = torch.get_num_threads()
-    if not on_gpu:
+    if not on_gpu and "OMP_NUM_THREADS" not in os.environ:
         # Ranks that share the cores otherwise fight for them.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=PATIENCE)
     size = dist.get_world_size()
     control = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
@@ -140,7 +140,10 @@ class Engine:
         for name, parameter in self._engine.module.named_parameters():
             full = parameter if self._zero == 0 else safe_get_full_fp32_param(parameter)
             state[name] = full.detach().to("cpu", torch.float32, copy=True)
+        kept = self._engine.module.state_dict()  # buffers that are not persistent are no state
         for name, buffer in self._engine.module.named_buffers():
+            if name not in kept:
+                continue
             dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
             state[name] = buffer.detach().to("cpu", dtype, copy=True)
         return state

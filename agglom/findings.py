@@ -216,7 +216,9 @@ def label_finding(reading: Reading, label: str) -> tuple[str, str]:
     gap = reading.row(("auroc_gap", "linear"), label, subject, (worst[0], "all"))
     if groups and gap and not gap["weak"] and None not in (gap["value"], gap["lo"]):
         truth = "the groups differ" if gap["lo"] > 0 else "this reaches 0, so we cannot tell whether they differ"
-        said.append(f"The groups of {worst[0].replace('*', ' × ')} lie {estimate(gap)} apart: {truth}.")
+        left_out = any(place[0] == worst[0] and place not in judged for place in reading.places)
+        which = f"The groups of {worst[0].replace('*', ' × ')}{' that are large enough' if left_out else ''}"
+        said.append(f"{which} lie {estimate(gap)} apart: {truth}.")
     return lead, " ".join(said)
 
 
@@ -323,13 +325,16 @@ class Axis:
         return not self.lo - 1e-9 <= value <= self.hi + 1e-9
 
 
-def axis(rows: Iterable[Row | None], mark: float | None = None, size: int = 340) -> Axis:
-    """Round ticks around all values, the intervals that bear a finding (all, if none does) and the line `mark`."""
+def axis(rows: Iterable[Row | None], mark: float | None = None, size: int = 340, whole: bool = False) -> Axis:
+    """Round ticks around the rows that bear a finding (around all, if none does) and the reference line `mark`.
+
+    What a weak row says may lie beyond the ends, lest a handful of patients flatten the picture; with `whole`, only
+    its interval may, for figures that do not print their values.
+    """
     known = [row for row in rows if row and row["value"] is not None]
     firm = [row for row in known if not row["weak"]] or known
-    values = [row["value"] for row in known] + [
-        row[key] for row in firm for key in ("lo", "hi") if row[key] is not None
-    ]
+    values = [row[key] for row in firm for key in ("value", "lo", "hi") if row[key] is not None]
+    values += [row["value"] for row in known] if whole else []
     values += [] if mark is None else [mark]
     lo, hi = min(values, default=0.0), max(values, default=1.0)
     step = next(one for one in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, math.inf) if hi - lo <= 4.5 * one)
@@ -390,7 +395,7 @@ def charts(readings: Sequence[tuple[str, Reading]]) -> list[dict[str, Any]]:
             ]
             for place in places
         }
-        scale = axis((row for several in rows.values() for row in several), size=220)
+        scale = axis((row for several in rows.values() for row in several), size=220, whole=True)
         lines, ends = [], {}
         for i, (name, several) in enumerate(rows.items()):
             pairs = zip(ticks, several, strict=True)
@@ -415,17 +420,14 @@ def _apart(heights: Mapping[str, float], distance: float = 16) -> dict[str, floa
 
 
 def people(reading: Reading, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Who is in the data: a line a group, a column a split."""
-    splits = sorted(
-        unique(one["split"] for one in groups), key=lambda split: ("train", "val", "test", split).index(split)
-    )
+    """Who is in the data: a line a group (one for the not annotated, if there are any), a column a split."""
+    found = unique(one["split"] for one in groups)
+    splits = [split for split in ("train", "val", "test") if split in found]
     cells = {(one["attribute"], one["group"], one["split"]): one for one in groups}
+    names = unique((one["attribute"], one["group"]) for one in groups if one["group"] is not None or one["n_images"])
     lines = [
-        (
-            reading.title((attribute, group or "not annotated")),
-            [cells.get((attribute, group, split)) for split in splits],
-        )
-        for attribute, group in unique((one["attribute"], one["group"]) for one in groups)
+        (reading.title((name, group or "not annotated")), [cells.get((name, group, split)) for split in splits])
+        for name, group in names
     ]
     return {"splits": splits, "lines": lines}
 
@@ -459,7 +461,10 @@ def view(
                 (reading.row(AUROC, label, "student", OVERALL) or {}).get("value"),
             ),
             "pairs": figure(reading, [(one, [AUROC]) for one in reading.pairs(label)], 0.0),
-            "spreads": bands(reading, [(one, SPREADS) for one in reading.models(label)], attributes),
+            "spreads": [
+                band | {"support": ""}  # a sum over groups counts a patient once in each
+                for band in bands(reading, [(one, SPREADS) for one in reading.models(label)], attributes)
+            ],
             "rates": bands(reading, [(one, RATES) for one in reading.models(label)], reading.places),
         }
         for label in reading.labels

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from agglom import plugins
 from agglom.config import Job
 from agglom.core.tokens import Conditioner, flatten_map, freeze, weights_digest
-from agglom.core.types import Dims, Features, PixelSpec, Student, Teacher
+from agglom.core.types import Derived, Dims, Features, PixelSpec, Student, Teacher
 from agglom.errors import PluginError
 
 ATOL = 1e-4
@@ -73,9 +73,13 @@ def run(kind: str, package: str, options: Mapping[str, Any], **injected: Any) ->
 
     first, second = make(), make()
     expected = Teacher if package == "teachers" else Student
-    if not isinstance(first, expected):
+    checks: Iterator[tuple[str, Callable[[], None]]]
+    if not isinstance(first, expected) or not isinstance(second, expected):
         return [Result("type", False, f"build() must return a {expected.__name__}, got {type(first).__name__}")]
-    checks = teacher_checks(first, second, injected.get("source")) if package == "teachers" else student_checks(first)
+    if isinstance(first, Teacher) and isinstance(second, Teacher):
+        checks = teacher_checks(first, second, injected.get("source"))
+    else:
+        checks = student_checks(cast(Student, first))
     return [_attempt(name, function) for name, function in checks]
 
 
@@ -104,10 +108,10 @@ def teacher_checks(
     teacher: Teacher, again: Teacher, source: Teacher | None
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """The checks of a teacher; `again` is the same teacher built a second time."""
-    side, derived = _side(teacher.pixels), teacher.derived is not None
-    if derived and teacher.derived.fit is not None:
-        yield "fits on features and groups", lambda: _fit(teacher, again, source)
-    yield from _encoder_checks(teacher.encode, teacher.dims, teacher.pixels, teacher.module, derived)
+    side, derived = _side(teacher.pixels), teacher.derived
+    if derived is not None and derived.fit is not None and source is not None:
+        yield "fits on features and groups", lambda: _fit(teacher, again, derived, source)
+    yield from _encoder_checks(teacher.encode, teacher.dims, teacher.pixels, teacher.module, derived is not None)
     yield "features are float32", lambda: _float32(teacher.encode(_pixels(side)))
     yield "frozen and in evaluation mode", lambda: _frozen(teacher)
     yield "fingerprint is that of a second build", lambda: _same_fingerprint(teacher, again)
@@ -223,7 +227,7 @@ def _independent(encode: Callable[[Tensor], Features], side: int) -> None:
     whole, turned, single = encode(pixels_BCHW), encode(pixels_BCHW.flip(0)), encode(pixels_BCHW[:1])
     for other, pick, what in ((turned, lambda x: x.flip(0), "reversed order"), (single, lambda x: x[:1], "no company")):
         summary, patches, grid = whole
-        wanted = Features(*(None if x is None else pick(x) for x in (summary, patches)), grid)
+        wanted = Features(None if summary is None else pick(summary), None if patches is None else pick(patches), grid)
         _equal(wanted, other, ATOL, f"the same features in {what}")
 
 
@@ -272,11 +276,9 @@ def _same_fingerprint(teacher: Teacher, again: Teacher) -> None:
     _expect(again.fingerprint == teacher.fingerprint, teacher.fingerprint, again.fingerprint)
 
 
-def _fit(teacher: Teacher, again: Teacher, source: Teacher | None) -> None:
+def _fit(teacher: Teacher, again: Teacher, derived: Derived, source: Teacher) -> None:
     """Refuses to work before the fit, fits on synthetic groups, and its state carries the fit to another build."""
-    assert teacher.derived is not None
-    assert teacher.derived.fit is not None
-    _expect(source is not None, "a source to fit on", source)
+    assert derived.fit is not None
     side = _side(source.pixels)
     try:
         teacher.encode(_pixels(side))
@@ -285,10 +287,10 @@ def _fit(teacher: Teacher, again: Teacher, source: Teacher | None) -> None:
     else:
         raise Broken("expected a PluginError before the fit, got features")
     group_B = torch.tensor([0, 1, -1, 0, 1, 1, 0, 1])
-    teacher.derived.fit((source.encode(_pixels(side, len(group_B), seed)), group_B) for seed in range(8))
+    derived.fit((source.encode(_pixels(side, len(group_B), seed)), group_B) for seed in range(8))
     again.module.load_state_dict(teacher.module.state_dict())
     _equal(teacher.encode(_pixels(side)), again.encode(_pixels(side)), 0.0, "a fit that the state dict carries")
-    shared = teacher.derived.derive(source.encode(_pixels(side)))
+    shared = derived.derive(source.encode(_pixels(side)))
     _equal(teacher.encode(_pixels(side)), shared, 0.0, "encode(pixels) = derive(source.encode(pixels))")
 
 
@@ -303,7 +305,7 @@ def _evaluation(module: nn.Module) -> Callable[[Tensor], Features]:
 def _trainable(student: Student) -> None:
     _expect(student.module.training, "training mode", "evaluation mode")
     features = student.module(_pixels(_side(student.pixels)))
-    sum(x.square().mean() for x in _parts(features).values()).backward()
+    torch.stack([x.square().mean() for x in _parts(features).values()]).sum().backward()
     unused = [name for name, parameter in student.module.named_parameters() if parameter.grad is None]
     student.module.zero_grad(set_to_none=True)
     _expect(not unused, "a gradient on every parameter", f"none on {', '.join(unused[:3])}")
@@ -323,11 +325,11 @@ def _rebuild(student: Student) -> None:
     import timm
 
     recipe = student.recipe
-    net = timm.create_model(recipe["architecture"], pretrained=False, num_classes=0, **recipe["model_args"]).eval()
-    net.load_state_dict(student.backbone.state_dict())
+    net: Any = timm.create_model(recipe["architecture"], pretrained=False, num_classes=0, **recipe["model_args"])
+    net.eval().load_state_dict(student.backbone.state_dict())
     for key in ("mean", "std", "input_size"):
         _expect(key in recipe["pretrained_cfg"], f"{key} in pretrained_cfg", sorted(recipe["pretrained_cfg"]))
-    pixels_BCHW = _pixels(_side(student.pixels))
+    pixels_BCHW, backbone = _pixels(_side(student.pixels)), cast(Any, student.backbone.eval())
     with torch.no_grad():
-        theirs, ours = net.forward_features(pixels_BCHW), student.backbone.eval().forward_features(pixels_BCHW)
+        theirs, ours = net.forward_features(pixels_BCHW), backbone.forward_features(pixels_BCHW)
     _expect(torch.allclose(theirs, ours, atol=ATOL), "equal features", f"{(theirs - ours).abs().max():.1e} apart")

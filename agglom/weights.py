@@ -93,10 +93,12 @@ def timm_network(
     import timm
 
     state = None if checkpoint is None else read(checkpoint)
-    pinned = {} if size is None else {"img_size": size}
+    pinned: dict[str, Any] = {} if size is None else {"img_size": size}
     # A checkpoint's table of positions has the native size; a network of any size resamples it as it goes.
-    dynamic = {"dynamic_img_size": True} | (pinned if state is None else {})
+    dynamic: dict[str, Any] = {"dynamic_img_size": True} | (pinned if state is None else {})
     # What a network accepts is known by its constructor alone; it refuses before any weight is fetched.
+    net: Any = None
+    args: dict[str, Any]
     for args in (dynamic, pinned, {}):
         try:
             net = timm.create_model(model, pretrained=pretrained and state is None, num_classes=0, **args, **extra)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from agglom.core.erase import CrossMoments, leace
@@ -69,7 +70,7 @@ class Eraser(nn.Module):
         return Features(erased.get("summary"), erased.get("patches"), features.grid)
 
     def _erase(self, kind: str, features: Features) -> Tensor:
-        x = features[KINDS.index(kind)].double()
+        x = tokens(features, kind).double()
         mean_D, matrix_DD = getattr(self, f"{kind}_mean_D"), getattr(self, f"{kind}_matrix_DD")
         return (x - (x - mean_D) @ matrix_DD.T).float()
 
@@ -83,10 +84,11 @@ class Eraser(nn.Module):
         for features, group_B in stream:
             groups = int(group_B.max()) + 1 if len(group_B) else 0
             for kind in self.kinds:
-                x = features[KINDS.index(kind)]
-                x_ND, tokens = x.reshape(-1, x.shape[-1]), x[..., 0].numel() // len(x)
+                x = tokens(features, kind)
+                x_ND = rearrange(x, "b ... d -> (b ...) d")
                 before = moments.get(kind) or CrossMoments.empty(x.shape[-1], 0, x.device)
-                moments[kind] = widened(before, groups).update(x_ND, group_B.repeat_interleave(tokens))
+                group_N = group_B.repeat_interleave(len(x_ND) // max(1, len(x)))
+                moments[kind] = widened(before, groups).update(x_ND, group_N)
         if not moments:
             raise ValueError("erasure: there is no image to fit it on")
         for kind in self.kinds:
@@ -95,6 +97,13 @@ class Eraser(nn.Module):
             getattr(self, f"{kind}_matrix_DD").copy_(matrix_DD)
         self.fitted.fill_(True)
         self.ready = True
+
+
+def tokens(features: Features, kind: str) -> Tensor:
+    """Summary (B, D) or patches (B, N, D), which the source has declared."""
+    found = features.summary_BD if kind == "summary" else features.patches_BND
+    assert found is not None
+    return found
 
 
 def widened(moments: CrossMoments, groups: int) -> CrossMoments:

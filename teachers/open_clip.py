@@ -53,11 +53,13 @@ def build(*, model: str, pretrained: str | None = None, size: int | None = None)
         return to_float32(Features(output["image_features"], patches_BND, grid))
 
     dims, grid = measured("teachers.open_clip", model, encode, 1, height)
+    # A folder may move; what lies in it is in the digest.
+    name = "local" if model.startswith("local-dir:") else model
     return Teacher(
         module=tower,
         encode=encode,
         dims=dims,
         pixels=PixelSpec(mean=mean, std=std, patch=height // grid[0], size=height),
-        fingerprint=weights_digest(tower, f"open_clip/{model}/{pretrained}/{mean}/{std}/{height}"),
+        fingerprint=weights_digest(tower, f"open_clip/{name}/{mean}/{std}/{height}"),
         licence="unknown",
     )

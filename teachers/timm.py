@@ -37,6 +37,6 @@ def build(*, model: str, pretrained: bool = True, checkpoint: str | None = None,
         encode=encode,
         dims=dims,
         pixels=PixelSpec(mean=mean, std=std, patch=patch, size=side),
-        fingerprint=weights_digest(net, f"timm/{model}/{mean}/{std}/{side}"),
+        fingerprint=weights_digest(net, f"timm/{cfg.get('architecture') or model}/{mean}/{std}/{side}"),
         licence=cfg.get("license") or "unknown",
     )

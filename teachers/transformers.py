@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,12 +59,15 @@ def build(*, model: str, size: int | None = None) -> Teacher:
     patch = (size or native) // grid[0]
     if size is None and not follows(encode, (2 * patch, 3 * patch)):
         size = native
+    # The settings that are not weights; a folder may move, so its path is none of them.
+    settings = {k: v for k, v in tower.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
+    identity = json.dumps([settings, constants, size], sort_keys=True, default=str)
     return Teacher(
         module=module,
         encode=encode,
         dims=dims,
         pixels=PixelSpec(mean=constants[0], std=constants[1], patch=patch, size=size),
-        fingerprint=weights_digest(tower, f"transformers/{model}/{constants}/{size}"),
+        fingerprint=weights_digest(tower, f"transformers/{identity}"),
         licence="unknown",
     )
 
@@ -108,8 +112,7 @@ def _constants(model: str) -> Constants:
             path = cached_file(model, name)
         except OSError:
             continue
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+        config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
         config = config.get("image_processor", config)
         break
     else:

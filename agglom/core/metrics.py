@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -40,6 +41,11 @@ BINS = 10
 # Classes whose patients must be many: 1 positives, 0 negatives.
 _NEEDS = {"auroc": (1, 0), "accuracy": (1, 0), "tpr": (1,), "fpr": (0,), "ece": (1, 0)}
 _UNDEFINED_WITHOUT = frozenset({"auroc", "tpr", "fpr"})
+_UNDEFINED = frozenset({"empty", "single_class", "constant_score"})
+# A variance below this is the rounding of an exact zero.
+_TINY = 1e-28
+
+_Interval = tuple[float, float, float, str]  # value, lo, hi, method
 
 
 class Estimate(NamedTuple):
@@ -91,8 +97,9 @@ def evaluate(
     `replicates` and `seed`.
 
     - auroc: DeLong et al. 1988 with the clustered variance of Obuchowski 1997 (Biometrics 53), mid-ranks for ties, the
-      interval on the logit scale. Where nothing varies (AUROC of 1) or a class has one patient: Wilson's interval under
-      the largest possible variance, θ(1−θ)/min(m, n) (Birnbaum and Klose 1957).
+      interval on the logit scale with Student's t at the degrees of freedom of that variance. Where nothing varies
+      (AUROC of 1) or a class has one patient: Wilson's interval under the largest possible variance, θ(1−θ)/min(m, n)
+      (Birnbaum and Klose 1957).
     - accuracy, tpr, fpr: Wilson 1927 at n divided by the design effect of the patients, never below 1. Rates of 0 and 1
       say nothing of that effect: all images of a patient then count as one opinion (Kish 1965).
     - ece: Σ_c |Σ_{i in c} (p_i − y_i)| / n over ten equal bins [0, .1) … [.9, 1]; biased upwards in small groups. |·|
@@ -101,34 +108,7 @@ def evaluate(
 
     Raises ValueError for a metric, shape, label, score, threshold or level that cannot be used.
     """
-    _check(metric, y_N, {"p_N": p_N}, patient_N, (threshold,), level)
-    y_N, p_N, patient_N = y_N.bool(), p_N.double(), _codes(patient_N)
-    n, n_pos, patients = len(y_N), int(y_N.sum()), int(patient_N.max()) + 1 if len(y_N) else 0
-    status = _status(metric, y_N, p_N, patient_N, min_patients)
-    counts = (n, n_pos, n - n_pos, patients, status)
-    if status in ("empty", "single_class", "constant_score"):
-        return Estimate(math.nan, math.nan, math.nan, *counts, "none")
-    if metric == "ece":
-        sum_IC, size_I = _residuals(y_N, p_N, patient_N), torch.bincount(patient_N)
-        value = float(sum_IC.sum(0).abs().sum()) / n
-        straight_PR, curved_PR = _moves(sum_IC[None], size_I, replicates, seed)
-        if not bool(straight_PR.any()):
-            return Estimate(value, *_wilson(value, _kish(size_I), _z(level)), *counts, "wilson-bound")
-        lo, hi = _quantiles(value - curved_PR[0], level)[0], _quantiles(value - straight_PR[0], level)[1]
-        return Estimate(value, max(0.0, lo), min(1.0, hi), *counts, "bootstrap-directional")
-    linear = _linear(metric, y_N, p_N, patient_N, threshold)
-    value, variance, z = linear.value, _variance(linear), _z(level)
-    if not variance > 0:
-        return Estimate(value, *_wilson(value, min(map(_kish, linear.size_KI)), z), *counts, "wilson-bound")
-    spread, t = value * (1 - value), _t(linear, level)
-    if metric == "auroc":
-        centre, half = math.log(value / (1 - value)), t * math.sqrt(variance) / spread
-        lo, hi = (0.5 + 0.5 * math.tanh(logit / 2) for logit in (centre - half, centre + half))
-        return Estimate(value, lo, hi, *counts, "delong-obuchowski-logit")
-    rows = int(linear.size_KI.sum())
-    repeated = int(linear.size_KI.max()) > 1
-    design_effect = max(1.0, variance * (rows - 1) / spread * (t / z) ** 2) if repeated else 1.0
-    return Estimate(value, *_wilson(value, rows / design_effect, z), *counts, "wilson-clustered")
+    return _measure(metric, y_N, {"p_N": p_N}, patient_N, (threshold,), level, min_patients, replicates, seed)
 
 
 def evaluate_groups(
@@ -153,11 +133,11 @@ def evaluate_groups(
     if len(group_N) and not (int(group_N.min()) >= -1 and int(group_N.max()) < groups):
         raise ValueError(f"group_N spans {int(group_N.min())} … {int(group_N.max())}, outside −1 … {groups - 1}")
     sizes = torch.bincount(group_N + 1, minlength=groups + 1).tolist()
-    options = {"level": level, "min_patients": min_patients, "replicates": replicates, "seed": seed}
-    return [
-        evaluate(metric, y_N[rows], p_N[rows], patient_N[rows], threshold=threshold, **options)
-        for rows in group_N.argsort(stable=True).split(sizes)[1:]
-    ]
+    options = {"threshold": threshold, "level": level}
+    counts = {"min_patients": min_patients, "replicates": replicates, "seed": seed}
+    one = partial(evaluate, metric, **options, **counts)
+    order_N = group_N.argsort(stable=True)
+    return [one(y_N[rows], p_N[rows], patient_N[rows]) for rows in order_N.split(sizes)[1:]]
 
 
 def paired(
@@ -177,40 +157,14 @@ def paired(
     """The metric of scores `a_N` minus that of scores `b_N` on the same rows, each at its own threshold.
 
     auroc and rates: clustered variance of the difference of the influences (for AUROC the covariance of DeLong and
-    Obuchowski), Student's t; on the side towards which the influences are skewed the interval is widened by the
-    correction of Hall 1992 (J. R. Statist. Soc. B 54), without narrowing the other side. Where the two never differ:
-    the bound of no event among that many patients. ece: the directional bootstrap, both on the same draws of patients.
+    Obuchowski), Student's t as above; the side towards which the influences are skewed is widened by the correction of
+    Hall 1992 (J. R. Statist. Soc. B 54), the other is not narrowed. Where the two never differ: the bound of no event
+    among that many patients. ece: the directional bootstrap, both on the same draws of patients; conservative, as it
+    takes the least favourable side in every bin that may be calibrated.
     A one-sided 95 % bound is `lo` or `hi` at level .90. Raises ValueError as `evaluate` does.
     """
-    _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b), level)
-    options = {"level": level, "min_patients": min_patients, "replicates": replicates, "seed": seed}
-    a = evaluate(metric, y_N, a_N, patient_N, threshold=threshold_a, **options)
-    b = evaluate(metric, y_N, b_N, patient_N, threshold=threshold_b, **options)
-    for one in (a, b):
-        if math.isnan(one.value):
-            return one._replace(value=math.nan, lo=math.nan, hi=math.nan)
-    value, y_N, a_N, b_N, patient_N = a.value - b.value, y_N.bool(), a_N.double(), b_N.double(), _codes(patient_N)
-    if metric == "ece":
-        sum_PIC = torch.stack([_residuals(y_N, p_N, patient_N) for p_N in (a_N, b_N)])
-        _, curved_PR = _moves(sum_PIC, torch.bincount(patient_N), replicates, seed)
-        difference_R = curved_PR[0] - curved_PR[1]
-        if bool(difference_R.any()):
-            lo, hi = _quantiles(value - difference_R, level)
-            return a._replace(value=value, lo=min(lo, value), hi=max(hi, value), method="bootstrap-directional")
-        never_KI = torch.bincount(patient_N)[None]
-    else:
-        linear_a = _linear(metric, y_N, a_N, patient_N, threshold_a)
-        linear_b = _linear(metric, y_N, b_N, patient_N, threshold_b)
-        linear = _Linear(value, linear_a.part_KI - linear_b.part_KI, linear_a.size_KI)
-        variance, never_KI = _variance(linear), linear.size_KI
-        if variance > 0:
-            error, half = math.sqrt(variance), _t(linear, level) * math.sqrt(variance)
-            skew = float(linear.part_KI.sum(0).pow(3).sum()) / variance * (2 * _z(level) ** 2 + 1) / 6
-            skew = max(-error, min(error, skew))
-            lo, hi = value - half + min(0.0, skew), value + half + max(0.0, skew)
-            return a._replace(value=value, lo=max(-1.0, lo), hi=min(1.0, hi), method="influence-clustered-t")
-    half = _wilson(0.0, min(map(_kish, never_KI)), _z(level))[1]
-    return a._replace(value=value, lo=max(-1.0, value - half), hi=min(1.0, value + half), method="wilson-bound")
+    scores, thresholds = {"a_N": a_N, "b_N": b_N}, (threshold_a, threshold_b)
+    return _measure(metric, y_N, scores, patient_N, thresholds, level, min_patients, replicates, seed)
 
 
 def simultaneous(level: float, groups: int) -> float:
@@ -275,12 +229,44 @@ def fvu(error_N: Tensor, baseline_N: Tensor, patient_N: Tensor, *, level: float 
     residual_N = (error_N.double() - value * baseline_N.double()) / total
     linear = _Linear(value, torch.bincount(patient_N, residual_N)[None], size_I[None])
     variance = _variance(linear)
-    factor = math.exp(_t(linear, level) * math.sqrt(variance) / value) if variance > 0 and value else math.nan
+    known = value > 0 and 0 < variance < math.inf
+    factor = math.exp(_t(linear, level) * math.sqrt(variance) / value) if known else math.nan
     return Estimate(value, value / factor, value * factor, *counts, "ok", "linearised-log")
 
 
+def _measure(
+    metric: str,
+    y_N: Tensor,
+    columns: dict[str, Tensor],
+    patient_N: Tensor,
+    thresholds: Sequence[float],
+    level: float,
+    min_patients: int,
+    replicates: int,
+    seed: int,
+) -> Estimate:
+    """The metric of one column of scores, or of the first minus the second."""
+    _check(metric, y_N, columns, patient_N, thresholds, level)
+    y_N, scores, patient_N = y_N.bool(), [p_N.double() for p_N in columns.values()], _codes(patient_N)
+    status = _status(metric, y_N, scores, patient_N, min_patients)
+    if status in _UNDEFINED:
+        value, lo, hi, method = math.nan, math.nan, math.nan, "none"
+    elif metric == "ece":
+        value, lo, hi, method = _ece(y_N, scores, patient_N, level, replicates, seed)
+    else:
+        a, *b = (_linear(metric, y_N, *pair, patient_N) for pair in zip(scores, thresholds, strict=True))
+        value, lo, hi, method = _difference(a, b[0], level) if b else _interval(metric, a, level)
+    n, n_pos, patients = len(y_N), int(y_N.sum()), len(torch.bincount(patient_N))
+    return Estimate(value, lo, hi, n, n_pos, n - n_pos, patients, status, method)
+
+
 def _check(
-    metric: str, y_N: Tensor, columns: dict[str, Tensor], patient_N: Tensor, thresholds: Sequence[float], level: float
+    metric: str,
+    y_N: Tensor,
+    columns: dict[str, Tensor],
+    patient_N: Tensor,
+    thresholds: Sequence[float],
+    level: float,
 ) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
@@ -306,19 +292,48 @@ def _codes(patient_N: Tensor) -> Tensor:
     return patient_N.unique(return_inverse=True)[1]
 
 
-def _status(metric: str, y_N: Tensor, p_N: Tensor, patient_N: Tensor, min_patients: int) -> str:
+def _status(metric: str, y_N: Tensor, scores: Sequence[Tensor], patient_N: Tensor, min_patients: int) -> str:
     if not len(y_N):
         return "empty"
-    support = {c: len(patient_N[y_N == c].unique()) for c in _NEEDS[metric]}
+    support = {c: int(torch.bincount(patient_N[y_N == c]).count_nonzero()) for c in _NEEDS[metric]}
     if metric in _UNDEFINED_WITHOUT and not all(support.values()):
         return "single_class"
-    if metric == "auroc" and bool((p_N == p_N[0]).all()):
+    if metric == "auroc" and any(bool((p_N == p_N[0]).all()) for p_N in scores):
         return "constant_score"
     few = [c for c, patients in support.items() if patients < min_patients]
     return ("below_min_neg", "below_min_pos")[few[0]] if few else "ok"
 
 
-def _linear(metric: str, y_N: Tensor, p_N: Tensor, patient_N: Tensor, threshold: float) -> _Linear:
+def _interval(metric: str, linear: _Linear, level: float) -> _Interval:
+    value, variance, z = linear.value, _variance(linear), _z(level)
+    spread = value * (1 - value)
+    if not spread or not math.isfinite(variance) or (metric == "auroc" and variance < _TINY):
+        return value, *_wilson(value, min(map(_kish, linear.size_KI)), z), "wilson-bound"
+    if metric == "auroc":
+        centre, half = math.log(value / (1 - value)), _t(linear, level) * math.sqrt(variance) / spread
+        lo, hi = (0.5 + 0.5 * math.tanh(logit / 2) for logit in (centre - half, centre + half))
+        return value, lo, hi, "delong-obuchowski-logit"
+    rows, design_effect = int(linear.size_KI.sum()), 1.0
+    if int(linear.size_KI.max()) > 1 and variance > _TINY:
+        design_effect = max(1.0, variance * (rows - 1) / spread * (_t(linear, level) / z) ** 2)
+    return value, *_wilson(value, rows / design_effect, z), "wilson-clustered"
+
+
+def _difference(a: _Linear, b: _Linear, level: float) -> _Interval:
+    linear = _Linear(a.value - b.value, a.part_KI - b.part_KI, a.size_KI)
+    value, variance, z = linear.value, _variance(linear), _z(level)
+    if not _TINY < variance < math.inf:
+        below = above = _wilson(0.0, min(map(_kish, linear.size_KI)), z)[1]
+        method = "wilson-bound"
+    else:
+        error = math.sqrt(variance)
+        skew = float(linear.part_KI.sum(0).pow(3).sum()) / error**3 * (2 * z**2 + 1) / 6
+        below, above = (error * (_t(linear, level) + min(1.0, max(0.0, side))) for side in (-skew, skew))
+        method = "clustered-t-skew"
+    return value, max(-1.0, value - below), min(1.0, value + above), method
+
+
+def _linear(metric: str, y_N: Tensor, p_N: Tensor, threshold: float, patient_N: Tensor) -> _Linear:
     """AUROC: placement values of the positives and of the negatives, about their mean. Rates: hits about theirs."""
     patients = int(patient_N.max()) + 1
     if metric == "auroc":
@@ -405,15 +420,28 @@ def _moves(sum_PIC: Tensor, size_I: Tensor, replicates: int, seed: int) -> tuple
     draw_PRC = rearrange(draw_RX[:, :-1] / draw_RX[:, -1:], "r (p c) -> p r c", c=BINS)
     mean_PC = sum_PIC.sum(1) / size_I.sum()
     move_PRC = draw_PRC - mean_PC[:, None]
-    far_PC = mean_PC.abs() > math.sqrt(math.log(patients)) * move_PRC.std(1)
+    far_PC = mean_PC.abs() > math.sqrt(math.log(patients)) * move_PRC.std(1, correction=0)
     straight_PRC = move_PRC * mean_PC.sign()[:, None]
     curved_PRC = torch.where(far_PC[:, None], straight_PRC, move_PRC.abs())
     return straight_PRC.sum(2), curved_PRC.sum(2)
 
 
-def _quantiles(draw_R: Tensor, level: float) -> tuple[float, float]:
-    lo, hi = draw_R.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return lo, hi
+def _ece(
+    y_N: Tensor, scores: Sequence[Tensor], patient_N: Tensor, level: float, replicates: int, seed: int
+) -> _Interval:
+    """ECE of one predictor, or of the first minus the second."""
+    sum_PIC = torch.stack([_residuals(y_N, p_N, patient_N) for p_N in scores])
+    size_I, single = torch.bincount(patient_N), len(scores) == 1
+    ece_P = sum_PIC.sum(1).abs().sum(1) / len(y_N)
+    value = float(ece_P[0] - ece_P[1:].sum())
+    straight_PR, curved_PR = _moves(sum_PIC, size_I, replicates, seed)
+    if float(straight_PR.abs().max()) < math.sqrt(_TINY):
+        bound = _wilson(value if single else 0.0, _kish(size_I), _z(level))
+        return value, *(bound if single else (max(-1.0, value - bound[1]), min(1.0, value + bound[1]))), "wilson-bound"
+    above_R, below_R = curved_PR[0] - straight_PR[1:].sum(0), straight_PR[0] - curved_PR[1:].sum(0)
+    lo = value - float(above_R.quantile((1 + level) / 2))
+    hi = value - float(below_R.quantile((1 - level) / 2))
+    return value, max(0.0 if single else -1.0, lo), min(1.0, hi), "bootstrap-directional"
 
 
 def _usable(estimates: Sequence[Estimate]) -> tuple[list[int], tuple[tuple[int, str], ...]]:

@@ -23,7 +23,7 @@ def make(**options):
         {"model": "mobilenetv3_small_050"},
         {"model": "test_mambaout"},
         {"model": "test_maxvit"},
-        {"model": "vit_wee_patch16_reg1_gap_256"},
+        {"model": "test_vit3"},
         pytest.param({"model": "swin_tiny_patch4_window7_224"}, marks=pytest.mark.slow),
     ],
     ids=lambda options: "-".join(map(str, options.values())),

@@ -1,6 +1,7 @@
 """Every teacher kind, with tiny random weights made on the spot and with the real ones that packages ship."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -309,6 +310,16 @@ def test_transformers_says_what_is_wrong(tmp_path):
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(PluginError, match=r"has no preprocessor_config\.json"):
         make("transformers", model=str(tmp_path))
+
+
+def test_fingerprints_survive_a_move(tmp_path, clip_folder):
+    save_transformers(tmp_path / "a", "vit")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.copytree(clip_folder[0], tmp_path / "clip")
+    prints = [make("transformers", model=str(tmp_path / name)).fingerprint for name in "ab"]
+    assert prints[0] == prints[1] != make("transformers", model=str(tmp_path / "a"), size=96).fingerprint
+    folders = (clip_folder[0], tmp_path / "clip")
+    assert len({make("open_clip", model=f"local-dir:{folder}").fingerprint for folder in folders}) == 1
 
 
 # ── erased ──

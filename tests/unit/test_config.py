@@ -217,14 +217,10 @@ WRONG = {
 def test_wrong_value(good, case):
     override, expected = WRONG[case]
     text = message(good, override)
-    assert text.startswith(f"{good}: ")
     assert expected in text
-
-
-def test_one_mistake_is_one_problem(good):
-    for case, (override, _) in WRONG.items():
-        if case not in ("needless source", "cycle", "engine's option"):
-            assert ": 1 problem\n" in message(good, override), case
+    # One mistake is one problem; a needless source of the erased teacher's own source is a cycle of both, too.
+    count = "3 problems" if case == "needless source" else "1 problem"
+    assert text.startswith(f"{good}: {count}\n")
 
 
 def test_every_problem_at_once(good):
@@ -331,7 +327,7 @@ def kind(tmp_path_factory):
     return str(path)
 
 
-@settings(deadline=None, max_examples=60, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=30, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_load_of_dump_is_the_job(kind, tmp_path, data):
     draw = data.draw

@@ -95,7 +95,7 @@ def make_rows(stage="full", labels=("even",), lift=0.0, student=True, seed=0):
         for p in names:
             for metric, base in (("auroc", 0.08), ("tpr", 0.12), ("fpr", 0.09)):
                 place, more = ("device", "all"), {"n": 400, "status": "ok"}
-                rows.append(row(stage, p, f"{metric}_gap", label, place, base, 0.05, note="", **more))
+                rows.append(row(stage, p, f"{metric}_gap", label, place, base, 0.05, note="A − B", **more))
                 rows.append(row(stage, p, f"{metric}_worst", label, place, 0.86, 0.06, note="B", **more))
     return rows + (make_fvu(stage, draw) if student else [])
 
@@ -108,7 +108,10 @@ def make_fvu(stage="full", draw=None):
             for metric, kind in (("fvu_angular", "summary"), ("fvu", "patches")):
                 value = level + 1.2 * (0.9 - base) + draw.gauss(0, 0.01)
                 status = "ok" if n else "empty"
-                half, more = 0.4 / math.sqrt(n or 1), {"readout": "none", "target": f"{teacher}/{kind}"}
+                half, more = (
+                    0.4 / math.sqrt(n or 1),
+                    {"readout": "none", "target": f"{teacher}/{kind}", "note": "teacher at 112 px"},
+                )
                 rows.append(row(stage, "student", metric, "", place, value, half, n, status, **more))
     return rows
 
@@ -433,6 +436,14 @@ def test_too_few_patients_everywhere(tmp_path):
     assert not re.search("scores (better|worse) ", markdown)
 
 
+def test_gap_without_two_groups_says_why(tmp_path):
+    none = {"status": "below_min_neg", "value": None, "lo": None, "hi": None, "note": ""}
+    rows = [one | none if one["metric"] == "auroc_gap" else one for one in make_rows()]
+    for text in render(tmp_path, rows):
+        assert "– too few negative patients" in text
+        assert "apart" not in text
+
+
 def test_one_undefined_model_says_why(tmp_path):
     rows = [
         one | {"status": "constant_score", "value": None, "lo": None, "hi": None}
@@ -525,7 +536,7 @@ def test_numbers_have_a_true_minus_and_no_negative_zero():
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=8), st.one_of(st.none(), st.floats(-1, 1)))
 def test_axis_holds_all_values_between_round_ticks(values, mark):
     rows = [{"value": value, "lo": value - 0.1, "hi": None, "weak": value < 0} for value in values]
-    axis = findings.axis(rows, mark)
+    axis = findings.axis(rows, mark, whole=True)
     assert list(axis.ticks) == sorted(axis.ticks)
     assert 2 <= len(axis.ticks) <= 7
     assert not any(axis.beyond(value) for value in values)
