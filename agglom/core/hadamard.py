@@ -57,7 +57,7 @@ def hadamard(n: int) -> Tensor:
         if matrix is not None:
             for _ in range(power):
                 matrix = torch.kron(sylvester, matrix)
-            return matrix / math.sqrt(n)
+            return matrix * n**-0.5
     raise ValueError(f"no Hadamard matrix of order {n} by Sylvester and Paley; use rotation_equal_variance")
 
 

@@ -133,9 +133,8 @@ def evaluate_groups(
     if len(group_N) and not (int(group_N.min()) >= -1 and int(group_N.max()) < groups):
         raise ValueError(f"group_N spans {int(group_N.min())} … {int(group_N.max())}, outside −1 … {groups - 1}")
     sizes = torch.bincount(group_N + 1, minlength=groups + 1).tolist()
-    options = {"threshold": threshold, "level": level}
-    counts = {"min_patients": min_patients, "replicates": replicates, "seed": seed}
-    one = partial(evaluate, metric, **options, **counts)
+    one = partial(evaluate, metric, threshold=threshold, level=level)
+    one = partial(one, min_patients=min_patients, replicates=replicates, seed=seed)
     order_N = group_N.argsort(stable=True)
     return [one(y_N[rows], p_N[rows], patient_N[rows]) for rows in order_N.split(sizes)[1:]]
 
@@ -346,7 +345,7 @@ def _linear(metric: str, y_N: Tensor, p_N: Tensor, threshold: float, patient_N: 
     value = float(parts[0][1].mean())
     size_KI = torch.stack([torch.bincount(patient_N[rows_N], minlength=patients) for rows_N, _ in parts])
     sum_KI = torch.stack([torch.bincount(patient_N[rows_N], v, minlength=patients) for rows_N, v in parts])
-    return _Linear(value, (sum_KI - size_KI * value) / size_KI.sum(1, keepdim=True), size_KI)
+    return _Linear(value, (sum_KI - size_KI.double() * value) / size_KI.sum(1, keepdim=True), size_KI)
 
 
 def _below(score_X: Tensor, other_Y: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def test_expected_gradient_is_that_of_the_full_data_objective(name):
     loss_BT = losses().loss_BT
     full = sum(q[g] * loss_BT[group == g].mean(0).sum() for g in range(3)) + 0.1 * loss_BT[group < 0].mean(0).sum()
     (expected,) = torch.autograd.grad(full, theta)
-    torch.testing.assert_close(sampled, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sampled, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_small_batches_keep_the_mass_of_a_small_group():
@@ -180,7 +180,7 @@ def test_one_rank_equals_two_ranks_with_accumulation():
     parts = [tally(group_B[s], table.loss_BT[s], table.valid_BT[s], 3) for s in torch.arange(20).split([3, 7, 5, 5])]
     summed = CellStats(sum(p.sum_GT for p in parts), sum(p.count_GT for p in parts))
     one, two = (balancer.update(balancer.init(), each) for each in (whole, summed))
-    torch.testing.assert_close(one["q_G"], two["q_G"], rtol=1e-12, atol=0)
+    torch.testing.assert_close(one["q_G"], two["q_G"], rtol=1e-9, atol=0)
     w_BT = balancer.weigh(one, table, group_B, None)
     halves = [balancer.weigh(one, full_table(10), half, None) for half in group_B.split(10)]
     assert torch.equal(w_BT, torch.cat(halves))
