@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from agglom import plan, probes, report
-from agglom.assemble import Run, check_identity, assemble, batches, build_distiller, build_student, gathered
+from agglom.assemble import Run, assemble, batches, build_distiller, build_student, check_identity, gathered
 from agglom.config import Job
 from agglom.core import losses, metrics
 from agglom.core.heads import Distiller, resample

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from agglom import __version__, evaluate, plugins, report
 from agglom.assemble import Run, assemble

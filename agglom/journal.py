@@ -82,7 +82,7 @@ class Journal:
             self._board.close()
 
 
-class disk:  # noqa: N801 - reads as a word: `with disk(path):`
+class disk:
     """Turns a full disk or a missing right into an error that names the file."""
 
     def __init__(self, path: Path) -> None:

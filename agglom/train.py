@@ -22,11 +22,11 @@ from agglom.core.losses import Column
 from agglom.core.types import Balancer, Batch, CellStats, LossTable
 from agglom.data.dataset import ImageDataset
 from agglom.data.sampler import loader, stream
-from agglom.engine import Engine, checkpoints, latest, launched
-from agglom.errors import AgglomError, CacheError, ConfigError, DataError, Interrupted, NumericsError
+from agglom.engine import Engine, latest, launched
+from agglom.errors import AgglomError, ConfigError, Interrupted, NumericsError
 from agglom.journal import Journal, disk, duration
 from agglom.plan import ResolvedStage
-from agglom.runtime import StopRequest, Stopwatch, World, peak_memory_mib
+from agglom.runtime import StopRequest, Stopwatch, peak_memory_mib
 from agglom.survey import survey
 from agglom.targets import Normaliser
 
