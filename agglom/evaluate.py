@@ -6,8 +6,9 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from agglom.errors import DataError
 from agglom.probes import Readout
 from agglom.report import GroupReport
 from agglom.runtime import StopRequest
-from agglom.survey import Pool, Survey, survey
+from agglom.survey import Pool, Survey, chosen_rows, survey
 from agglom.targets import Normaliser, input_size
 
 TEACHERS_STAGE = "teachers"
@@ -48,7 +49,9 @@ def evaluate(
 
     `student` is the distiller in plain PyTorch, the same on all ranks, or None before the first stage.
     """
-    pool = None if student is None else _encode_student(run, surveyed, student)
+    pool = None if student is None else _encode_student(run, student)
+    if surveyed is None:
+        return run.world.on_main(lambda: None)
     return run.world.on_main(lambda: _report(run, surveyed, normalisers, stage, pool))
 
 
@@ -64,11 +67,13 @@ def main(job: Job, base: Path, out: Path) -> None:
         stage = next(s for s in reversed(run.plan.stages) if s.first_step < step or s.index == 0)
         for name, student in ((TEACHERS_STAGE, None), (stage.name, plain)):
             found = evaluate(run, surveyed, normalisers, name, student)
-            world.on_main(lambda found=found: publish(run, found))
+            world.attempt(partial(publish, run, found))
 
 
-def publish(run: Run, found: GroupReport) -> None:
+def publish(run: Run, found: GroupReport | None) -> None:
     """Write a report and say where it is."""
+    if found is None:
+        return
     for path in report.write(found, run.out / "reports"):
         if path.suffix == ".html":
             print(f"{found.stage} evaluated: {path}", flush=True)
@@ -99,8 +104,8 @@ class StudentPool:
 
 
 @torch.no_grad()
-def _encode_student(run: Run, surveyed: Survey | None, student: nn.Module) -> StudentPool | None:
-    rows_N, held_M = run.world.broadcast(None if surveyed is None else (surveyed.rows_N, surveyed.held_M))
+def _encode_student(run: Run, student: nn.Module) -> StudentPool | None:
+    rows_N, held_M = chosen_rows(run)
     student = copy.deepcopy(student).to(run.world.device).eval()
 
     def pieces() -> Iterator[tuple[Features, dict[str, Features]] | None]:
@@ -115,7 +120,8 @@ def _encode_student(run: Run, surveyed: Survey | None, student: nn.Module) -> St
                 {name: _rows(features, held) for name, features in predicted.items()},
             )
 
-    summaries, kept = [], {name: [] for name in run.targets}
+    summaries: list[Tensor | None] = []
+    kept: dict[str, list[Features]] = {name: [] for name in run.targets}
     for trunk, predicted in gathered(run, pieces()):
         summaries.append(trunk.summary_BD)
         for name, features in predicted.items():
@@ -230,41 +236,41 @@ def _fvu_rows(
 ) -> Iterator[dict[str, Any]]:
     """Variance unexplained on held-out images: squared error over that of the train mean per patch position."""
     rows_M, size = surveyed.held_M, run.plan.evaluate_size
-    held_N = torch.as_tensor(np.isin(surveyed.rows_N, surveyed.held_M))
-    for name in student.predicted:
-        pool = surveyed.pools[name]
-        normaliser, predicted = normalisers[name].to(torch.device("cpu")), student.predicted[name]
+    held_N, train_N = (torch.as_tensor(np.isin(surveyed.rows_N, r)) for r in (rows_M, run.manifest.rows("train")))
+    for name, predicted in student.predicted.items():
+        pool, normaliser = surveyed.pools[name], normalisers[name].to(torch.device("cpu"))
         note = f"teacher at {input_size(run.teachers[name].pixels, size)} px"
-        if pool.patches_MND is not None and predicted.patches_MND is not None:
+        if predicted.patches_MND is not None:
             error_M, baseline_M = _patch_errors(pool, predicted, normaliser)
             yield from _ratio_rows(run, rows_M, error_M, baseline_M, "fvu", f"{name}/patches", note)
-        if pool.summary_ND is not None and predicted.summary_ND is not None:
-            raw_MD = pool.summary_ND[held_N]
+        if predicted.summary_ND is not None and pool.summary_ND is not None:
+            guess_MD, raw_MD = predicted.summary_ND, pool.summary_ND[held_N]
             if run.job.loss.summary == "mse":
-                truth_MD = normaliser(Features(raw_MD, None)).summary_BD
-                train_N = torch.as_tensor(np.isin(surveyed.rows_N, run.manifest.rows("train")))
-                mean_D = normaliser(Features(pool.summary_ND[train_N], None)).summary_BD.mean(0)
-                error_M = (predicted.summary_ND - truth_MD).square().mean(1)
-                baseline_M = (mean_D - truth_MD).square().mean(1)
-                yield from _ratio_rows(run, rows_M, error_M, baseline_M, "fvu", f"{name}/summary", note)
+                metric, truth_MD = "fvu", normaliser.of_summary(raw_MD)
+                mean_D = normaliser.of_summary(pool.summary_ND[train_N]).mean(0)
+                error_M, baseline_M = ((one - truth_MD).square().mean(1) for one in (guess_MD, mean_D))
             else:
-                error_M = losses.angle(predicted.summary_ND, raw_MD).square()
-                baseline_M = losses.angle(normaliser.direction_D.expand_as(raw_MD), raw_MD).square()
-                yield from _ratio_rows(run, rows_M, error_M, baseline_M, "fvu_angular", f"{name}/summary", note)
+                metric, mean_MD = "fvu_angular", cast(Tensor, normaliser.direction_D).expand_as(raw_MD)
+                error_M, baseline_M = (losses.angle(one, raw_MD).square() for one in (guess_MD, mean_MD))
+            yield from _ratio_rows(run, rows_M, error_M, baseline_M, metric, f"{name}/summary", note)
 
 
 def _patch_errors(pool: Pool, predicted: Pool, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
+    """Squared error of the prediction and of the train mean, per image, on the coarser of the two grids."""
     grid = min(pool.grid[0], predicted.grid[0]), min(pool.grid[1], predicted.grid[1])
+    raw_MND, guess_MND, mean_ND = (
+        cast(Tensor, tensor) for tensor in (pool.patches_MND, predicted.patches_MND, pool.mean_patches_ND)
+    )
 
-    def target(patches: Tensor) -> Tensor:
-        return resample(normaliser(Features(None, patches, pool.grid)).patches_BND, pool.grid, grid)
+    def target(raw_BND: Tensor) -> Tensor:
+        return resample(normaliser.of_patches(raw_BND), pool.grid, grid)
 
-    mean_1ND = target(pool.mean_patches_ND[None])
+    mean_1ND = target(mean_ND[None])
     errors, baselines = [], []
-    for truth, guess in zip(pool.patches_MND.split(64), predicted.patches_MND.split(64), strict=True):
-        truth = target(truth)
-        errors.append((resample(guess, predicted.grid, grid) - truth).square().mean((1, 2)))
-        baselines.append((mean_1ND - truth).square().mean((1, 2)))
+    for raw_BND, guess_BND in zip(raw_MND.split(64), guess_MND.split(64), strict=True):
+        truth_BND = target(raw_BND)
+        errors.append((resample(guess_BND, predicted.grid, grid) - truth_BND).square().mean((1, 2)))
+        baselines.append((mean_1ND - truth_BND).square().mean((1, 2)))
     return torch.cat(errors), torch.cat(baselines)
 
 
@@ -328,7 +334,7 @@ def _readout_rows(
     y = torch.as_tensor(label_N[scored_N])
     patient = torch.as_tensor(run.manifest.patient_N[rows_N[scored_N]])
     scores = {name: torch.as_tensor(readout.scores_N[scored_N]) for name, readout in readouts.items()}
-    settings = {
+    settings: dict[str, Any] = {
         "min_patients": run.job.data.min_support,
         "replicates": run.job.evaluate.bootstrap,
         "seed": run.job.seed,
@@ -338,7 +344,7 @@ def _readout_rows(
             for name, readout in readouts.items():
                 cut = readout.threshold if metric in THRESHOLDED else math.nan
                 common = {"label": label, "readout": kind, "threshold": None if math.isnan(cut) else cut}
-                arguments = (metric, y, scores[name], patient, view.group_N, len(view.values))
+                arguments: tuple[Any, ...] = (metric, y, scores[name], patient, view.group_N, len(view.values))
                 estimates = metrics.evaluate_groups(*arguments, threshold=cut, **settings)
                 for group, estimate in zip(view.values, estimates, strict=True):
                     yield _row(name, metric, view, group, split, estimate, **common)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from agglom import __version__, evaluate, plugins, report
 from agglom.assemble import Run, assemble
 from agglom.config import Job
 from agglom.core import normalise
-from agglom.core.heads import Distiller
+from agglom.core.heads import Distiller, Head
 from agglom.core.types import Dims, Student
 from agglom.engine import launched
 from agglom.errors import DataError
@@ -64,11 +65,11 @@ def write(
     teachers' raw features. Raises DataError when the reload differs by more than `TOLERANCE`.
     """
     model = copy.deepcopy(model).cpu().eval()
-    for key, head in model.heads.items():
+    for key, head in cast("dict[str, Head]", model.heads).items():
         name, kind = key.split(":")
-        affine = getattr(normalisers[name], kind)
+        affine = getattr(normalisers[name].to(torch.device("cpu")), kind)
         if affine is not None:
-            head.last = normalise.fold(affine.__class__(*(t.cpu() for t in affine)), head.last)
+            head.last = normalise.fold(affine, head.last)
     size = run.plan.evaluate_size
     pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(run.job.seed))
     with disk(folder):

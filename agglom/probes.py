@@ -43,7 +43,7 @@ def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N:
     x_ND = (x_ND - mean_D) / np.where(std_D > 1e-6 * max(std_D.max(), 1e-300), std_D, np.inf)
     judged = len(np.unique(label_N[val_N])) == 2
     model = LogisticRegression(max_iter=200, warm_start=True)
-    best, scores_N = np.inf, None
+    best, scores_N = np.inf, np.full(len(label_N), np.nan)
     for strength in STRENGTHS if judged else (1e-3,):
         model.C = strength
         with warnings.catch_warnings():

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -86,15 +86,15 @@ class World:
         errors = self.gather(_portable(error))
         raise error or next(e for e in errors if e is not None)
 
-    def attempt(self, work: Callable[[], T]) -> T | None:
+    def attempt(self, work: Callable[[], T]) -> T:
         """Run `work` here; if it fails on any rank, raise on all."""
         result, error = _try(work)
         self.agree(error)
-        return result
+        return cast(T, result)
 
     def on_main(self, work: Callable[[], T]) -> T | None:
         """Run `work` on rank 0 while the others wait; its error is everybody's."""
-        return self.attempt(work if self.main else lambda: None)
+        return self.attempt(work) if self.main else self.attempt(lambda: None)
 
 
 def _try(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -72,7 +72,7 @@ def survey(run: Run) -> tuple[Survey | None, dict[str, Normaliser]]:
     else:
         _fit_derived(run)
         pools, normalisers = _encode(run)
-        run.world.on_main(lambda: _save(folder, pools, run))
+        run.world.on_main(lambda: _save(folder, pools or {}, run))
         run.world.on_main(lambda: targets.save(path, normalisers, run.teachers, run.identity))
         # What is read back has the precision of the file: a resumed run starts from the same bits.
         normalisers = run.world.attempt(lambda: targets.load(path, run.teachers, run.identity))
@@ -94,17 +94,15 @@ def _features(run: Run, names: list[str], rows_N: np.ndarray) -> Iterator[tuple[
                 yield None
                 continue
             found = targets.encode(run.teachers, names, batch.pixels_BCHW.to(run.world.device))
-            yield mine, {name: Features(*_to_cpu(f)) for name, f in found.items()}
+            yield mine, {name: _to_cpu(features) for name, features in found.items()}
 
     return gathered(run, pieces())
 
 
-def _to_cpu(features: Features) -> tuple[Tensor | None, Tensor | None, tuple[int, int]]:
-    summary, patches, grid = features
-    return (
-        None if summary is None else summary.float().cpu(),
-        None if patches is None else patches.float().cpu(),
-        tuple(grid),
+def _to_cpu(features: Features) -> Features:
+    summary, patches, (h, w) = features
+    return Features(
+        None if summary is None else summary.float().cpu(), None if patches is None else patches.float().cpu(), (h, w)
     )
 
 
@@ -112,7 +110,7 @@ def _fit_derived(run: Run) -> None:
     """Fit the derived teachers on rank 0, one after the other, and give the result to all ranks."""
     for name, teacher in run.teachers.items():
         derived = teacher.derived
-        if derived is None or derived.fit is None:
+        if derived is None or derived.fit is None or derived.attribute is None:
             continue
         space = run.spaces[derived.attribute]
         stream = _features(run, [derived.source], _fit_rows(run))
@@ -189,12 +187,13 @@ def _encode(run: Run) -> tuple[dict[str, Pool] | None, dict[str, Normaliser]]:
             except DataError as error:
                 failure = failure or error
     run.world.agree(failure)
-    pools = {name: gatherer.pool() for name, gatherer in gatherers.items()} if run.world.main else None
-    train_mask = torch.as_tensor(np.isin(rows_N, train))
-    normalisers = run.world.on_main(
-        lambda: {name: _fit(run, name, gatherers[name].moments, pools[name], train_mask) for name in run.teachers}
+    if not run.world.main:
+        return None, run.world.attempt(dict)
+    pools = {name: gatherer.pool() for name, gatherer in gatherers.items()}
+    train_N = torch.as_tensor(np.isin(rows_N, train))
+    return pools, run.world.attempt(
+        lambda: {name: _fit(run, name, gatherers[name].moments, pools[name], train_N) for name in run.teachers}
     )
-    return pools, normalisers or {}
 
 
 def _fit(run: Run, name: str, moments: Moments | None, pool: Pool, train_N: Tensor) -> Normaliser:

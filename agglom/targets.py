@@ -32,12 +32,19 @@ class Normaliser:
     dispersion: Tensor | None = None
 
     def __call__(self, features: Features) -> Features:
+        """Raw features as targets."""
         summary, patches, grid = features
-        if self.summary is not None and summary is not None:
-            summary = normalise.apply(self.summary, summary)
-        if self.patches is not None and patches is not None:
-            patches = normalise.apply(self.patches, patches)
-        return Features(summary, patches, grid)
+        return Features(
+            None if summary is None else self.of_summary(summary),
+            None if patches is None else self.of_patches(patches),
+            grid,
+        )
+
+    def of_summary(self, raw_BD: Tensor) -> Tensor:
+        return raw_BD if self.summary is None else normalise.apply(self.summary, raw_BD)
+
+    def of_patches(self, raw_BND: Tensor) -> Tensor:
+        return raw_BND if self.patches is None else normalise.apply(self.patches, raw_BND)
 
     def to(self, device: torch.device) -> Normaliser:
         def move(part: Affine | None) -> Affine | None:

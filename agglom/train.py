@@ -102,6 +102,7 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
     feed, accumulate = _feed(run, stage, state.step), run.job.optim.accumulate
     end, watch, logged = stage.first_step + stage.steps, Stopwatch(), state.step
     seen: list[tuple[Batch, LossTable]] = []
+    dispersion = {name: n.dispersion for name, n in loop.normalisers.items() if n.dispersion is not None}
     engine.train()
     while state.step < end:
         batches = _read(loop, state, stage, feed, accumulate)
@@ -120,7 +121,7 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
                 set(wanted),
                 summary=run.job.loss.summary,
                 patches=run.job.loss.patches,
-                dispersion={name: loop.normalisers[name].dispersion for name in wanted},
+                dispersion=dispersion,
             )
             weight_BT = loop.balancer.weigh(state.balance, table, batch.group_B, generator)
             engine.backward(losses.objective(table, weight_BT))
@@ -173,8 +174,7 @@ def _read(loop: Loop, state: State, stage: ResolvedStage, feed: Iterator[Batch],
     error: Exception | None = None
     batches: list[Batch] = []
     try:
-        for batch in itertools.islice(feed, accumulate):
-            batches.append(Batch(*(None if t is None else t.to(device, non_blocking=True) for t in batch)))
+        batches = [_moved(batch, device) for batch in itertools.islice(feed, accumulate)]
     except AgglomError as found:
         error = found
     failed, stopping = loop.run.world.any(error is not None, bool(loop.stop))
@@ -186,6 +186,10 @@ def _read(loop: Loop, state: State, stage: ResolvedStage, feed: Iterator[Batch],
             f"checkpoint {path}: the same command goes on from it"
         )
     return batches
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in batch))  # type: ignore[arg-type]
 
 
 def _targets(loop: Loop, stage: ResolvedStage, batch: Batch) -> dict[str, Any]:
@@ -341,10 +345,11 @@ def _farewell(run: Run) -> str:
 
 def _publish(run: Run, found: report.GroupReport | None, journal: Journal, step: int) -> None:
     def publish() -> None:
-        evaluate.publish(run, found)
-        journal.report(step, found.stage, found.rows, found.context["split"])
+        if found is not None:
+            evaluate.publish(run, found)
+            journal.report(step, found.stage, found.rows, found.context["split"])
 
-    run.world.on_main(publish)
+    run.world.attempt(publish)
 
 
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
