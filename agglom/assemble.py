@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,11 @@ class Run:
         settings = asdict(self.job)
         del settings["log"]  # what is printed changes no number
         settings["evaluate"] = {key: settings["evaluate"][key] for key in ("size", "probe_images", "fvu_images")}
-        settings["data"] |= {"manifest": "", "root": "", "workers": 0}  # the manifest's digest speaks for them
+        data = settings["data"] | {"manifest": "", "root": "", "workers": 0}  # the manifest's digest speaks for them
+        data |= {"labels": (), "groups": (), "min_support": 0}  # what is reported changes no weight
+        parts = {part for name in _trained_groups(self.job, self.teachers) for part in name.split("*")}
+        data["attributes"] = {name: spec for name, spec in data["attributes"].items() if name in parts}
+        settings["data"] = data
         return (
             {f"config.{key}": _digest(value) for key, value in settings.items()}
             | {"manifest": self.manifest.digest, "agglom": __version__}
@@ -103,15 +107,24 @@ def assemble(job: Job, base: Path, out: Path, world: World, stop: StopRequest) -
 def _parts(job: Job, base: Path, world: World) -> tuple[Manifest, Plan, dict[str, GroupSpace], dict[str, Teacher]]:
     manifest = manifests.load(job.data, base)
     resolved = plan.resolve(job, base, world.size, manifest)
-    wanted = [*job.data.groups, *([job.balance.group] if job.balance.group else [])]
-    wanted += [spec.options["attribute"] for spec in job.teachers.values() if "attribute" in spec.options]
-    spaces = {name: groups.encode(name, manifest.attributes) for name in dict.fromkeys(wanted)}
+    teachers = build_teachers(job, world.device)
+    wanted = dict.fromkeys([*job.data.groups, *_trained_groups(job, teachers)])
+    try:
+        spaces = {name: groups.encode(name, manifest.attributes) for name in wanted}
+    except ValueError as error:
+        raise ConfigError(f"data.attributes: {error}") from error
     if job.balance.group and not spaces[job.balance.group].values:
         raise ConfigError(
             f"balance.group: nobody is annotated with {job.balance.group!r} in {manifest.path}; "
             "choose another attribute, or balance.kind: uniform without a group"
         )
-    return manifest, resolved, spaces, build_teachers(job, world.device)
+    return manifest, resolved, spaces, teachers
+
+
+def _trained_groups(job: Job, teachers: Mapping[str, Teacher]) -> list[str]:
+    """The attributes and crossings that the weights depend on: the balancer's and the teachers'."""
+    read = [teacher.derived.attribute for teacher in teachers.values() if teacher.derived is not None]
+    return [name for name in (job.balance.group, *read) if name]
 
 
 def build_teachers(job: Job, device: torch.device) -> dict[str, Teacher]:

@@ -77,10 +77,11 @@ def launched() -> Iterator[World]:
     size = dist.get_world_size()
     control = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
     try:
-        yield World(dist.get_rank(), size, device, control)
+        yield World(dist.get_rank(), size, device, control, has_launcher=not alone)
     finally:
-        dist.destroy_process_group()
-        deepspeed.comm.comm.cdb = None  # or a second run in this process would talk to the group that is gone
+        # DeepSpeed remembers groups and its backend: a second run in this process would talk to those that are gone.
+        deepspeed.comm.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
         torch.set_num_threads(threads)
         if alone:
             for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -128,9 +129,11 @@ class Engine:
         self._engine.step()
 
     def grad_norm(self) -> float | None:
-        """The global norm before clipping; None in ZeRO stage 0, which does not report it."""
+        """The global norm before clipping; NaN where it is not finite, None in ZeRO 0, which does not report it."""
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        if norm is None:
+            return None
+        return float(norm) if norm >= 0 else float("nan")  # DeepSpeed writes −1
 
     def weights(self) -> dict[str, Tensor]:
         """The full float32 state of the model on the CPU of every rank. A collective."""
@@ -162,7 +165,8 @@ class Engine:
                 "then start again: the run goes on from the last complete checkpoint"
             ) from error
         if self._world.main:
-            for old in checkpoints(folder)[:-keep]:
+            # Those of later steps are what an earlier resume from here left: not old, and written again in time.
+            for old in [path for path in checkpoints(folder) if path.name <= tag][:-keep]:
                 shutil.rmtree(old)
 
     def load(self, folder: Path, tag: str) -> dict[str, Any]:

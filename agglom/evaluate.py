@@ -60,7 +60,7 @@ def main(job: Job, base: Path, out: Path) -> None:
 
     Raises DataError where there is no checkpoint, CacheError where it belongs to another job.
     """
-    with launched() as world, StopRequest().listening() as stop:
+    with launched() as world, StopRequest().listening(world.has_launcher) as stop:
         run = assemble(job, base, out, world, stop)
         step, _, plain = world.attempt(lambda: last_student(run))
         surveyed, normalisers = survey(run)
@@ -162,12 +162,13 @@ def _report(
         summaries = {"student": student.summary_ND} | summaries
         rows += _fvu_rows(run, surveyed, normalisers, student)
     for label in run.manifest.labels:
-        rows += _label_rows(run, surveyed.rows_N, label, summaries, notes)
+        rows += _label_rows(run, surveyed, label, summaries, notes)
     for name, summary in summaries.items():
         if summary is None:
             notes.append(f"{name} has no summary, so no probe reads it.")
     names = [s.name for s in run.plan.stages]
     context = {
+        "name": run.out.name,
         "index": names.index(stage) + 1 if stage in names else 0,
         "split": plan.headline_split(run.job, run.manifest),
         "groups": [
@@ -290,8 +291,9 @@ def _ratio_rows(
 
 
 def _label_rows(
-    run: Run, rows_N: np.ndarray, label: str, summaries: dict[str, Tensor | None], notes: list[str]
+    run: Run, surveyed: Survey, label: str, summaries: dict[str, Tensor | None], notes: list[str]
 ) -> Iterator[dict[str, Any]]:
+    rows_N = surveyed.rows_N
     column = run.manifest.labels.index(label)
     label_N = run.manifest.label_NL[rows_N, column].astype(np.float64)
     known_N = ~np.isnan(label_N)
@@ -302,10 +304,14 @@ def _label_rows(
         for name, summary_ND in summaries.items():
             if summary_ND is None:
                 continue
-            if kind == "linear":
-                readout = probes.linear(summary_ND, label_N, train_N, val_N)
-            else:
-                readout = probes.nearest(summary_ND, label_N, patient_N, train_N, val_N, run.job.evaluate.knn)
+            key = (label, kind, name)
+            if name == "student" or key not in surveyed.readouts:
+                if kind == "linear":
+                    surveyed.readouts[key] = probes.linear(summary_ND, label_N, train_N, val_N)
+                else:
+                    neighbours = run.job.evaluate.knn
+                    surveyed.readouts[key] = probes.nearest(summary_ND, label_N, patient_N, train_N, val_N, neighbours)
+            readout = surveyed.readouts[key]
             if readout is None:
                 notes.append(f"{label}: all train images have one class, so no probe can be fitted.")
                 continue

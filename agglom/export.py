@@ -44,7 +44,7 @@ def main(job: Job, base: Path, out: Path) -> None:
 
     Raises DataError where there is no checkpoint, CacheError where it belongs to another job.
     """
-    with launched() as world, StopRequest().listening() as stop:
+    with launched() as world, StopRequest().listening(world.has_launcher) as stop:
         run = assemble(job, base, out, world, stop)
         _, student, plain = evaluate.last_student(run)
         _, normalisers = survey(run)

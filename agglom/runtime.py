@@ -35,6 +35,7 @@ class World:
     size: int
     device: torch.device
     control: Any = None
+    has_launcher: bool = False
 
     @property
     def main(self) -> bool:
@@ -129,14 +130,14 @@ class StopRequest:
         self.signum = self.signum or signum
 
     @contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Install the handlers for the time of the block."""
+    def listening(self, follow_parent: bool) -> Iterator[StopRequest]:
+        """Install the handlers for the time of the block, and watch the launcher if there is one."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         over = threading.Event()
-        if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if follow_parent:
             threading.Thread(target=_follow_parent, args=(os.getppid(), over), daemon=True).start()
         try:
             yield self

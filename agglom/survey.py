@@ -7,12 +7,11 @@ the normalisers of the targets, and the train mean that variance unexplained is 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,7 +20,8 @@ from agglom.assemble import Run, batches, gathered
 from agglom.core import normalise
 from agglom.core.normalise import Moments
 from agglom.core.types import Features
-from agglom.errors import DataError
+from agglom.errors import CacheError, DataError
+from agglom.probes import Readout
 from agglom.targets import Normaliser
 
 
@@ -37,11 +37,15 @@ class Pool:
 
 @dataclass(frozen=True)
 class Survey:
-    """What rank 0 keeps: `rows_N` are manifest rows, `held_M` those of val and test on which FVU is measured."""
+    """What rank 0 keeps: `rows_N` are manifest rows, `held_M` those of val and test on which FVU is measured.
+
+    `readouts` remembers the probes by (label, kind, predictor): a frozen teacher's are fitted once, too.
+    """
 
     rows_N: np.ndarray
     held_M: np.ndarray
     pools: dict[str, Pool]
+    readouts: dict[tuple[str, str, str], Readout | None] = field(default_factory=dict)
 
 
 def chosen_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -63,19 +67,14 @@ def survey(run: Run) -> tuple[Survey | None, dict[str, Normaliser]]:
     Returns the pools (rank 0 only) and the normalisers (every rank, on its device).
     """
     path, folder = run.out / "normaliser.safetensors", run.out / "features"
-    stored = run.world.on_main(
-        lambda: path.is_file() and all((folder / f"{n}.safetensors").is_file() for n in run.teachers)
-    )
-    if run.world.broadcast(stored):
-        normalisers = run.world.attempt(lambda: targets.load(path, run.teachers, run.identity))
-        pools = run.world.on_main(lambda: _load(folder, run))
-    else:
+    pools = run.world.on_main(lambda: _stored(path, folder, run))
+    if not run.world.broadcast(pools is not None):
         _fit_derived(run)
-        pools, normalisers = _encode(run)
+        pools, fitted = _encode(run)
         run.world.on_main(lambda: _save(folder, pools or {}, run))
-        run.world.on_main(lambda: targets.save(path, normalisers, run.teachers, run.identity))
-        # What is read back has the precision of the file: a resumed run starts from the same bits.
-        normalisers = run.world.attempt(lambda: targets.load(path, run.teachers, run.identity))
+        run.world.on_main(lambda: targets.save(path, fitted, run.teachers, run.identity))
+    # What is read back has the precision of the file: a resumed run starts from the same bits.
+    normalisers = run.world.attempt(lambda: targets.load(path, run.teachers, run.identity))
     rows, held = chosen_rows(run)
     found = Survey(rows, held, pools) if pools is not None else None
     return found, {name: normaliser.to(run.world.device) for name, normaliser in normalisers.items()}
@@ -224,11 +223,15 @@ def _save(folder: Path, pools: dict[str, Pool], run: Run) -> None:
         temporary.replace(folder / f"{name}.safetensors")
 
 
-def _load(folder: Path, run: Run) -> dict[str, Pool]:
+def _stored(path: Path, folder: Path, run: Run) -> dict[str, Pool] | None:
+    """What an earlier start has stored. None where it is absent, broken, or of another job: it can be fitted again."""
+    try:
+        targets.load(path, run.teachers, run.identity)
+        files = {name: targets.read(folder / f"{name}.safetensors", run.identity) for name in run.teachers}
+    except CacheError:
+        return None
     pools = {}
-    for name in run.teachers:
-        with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    for name, tensors in files.items():
         h, w = tensors["grid"].tolist()
         pools[name] = Pool(tensors.get("summary"), tensors.get("patches"), (h, w), tensors.get("mean_patches"))
     return pools

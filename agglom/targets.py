@@ -108,11 +108,11 @@ def save(
     temporary.replace(path)
 
 
-def load(path: Path, teachers: Mapping[str, Teacher], identity: Mapping[str, str]) -> dict[str, Normaliser]:
-    """Read what `save` wrote, and give derived teachers their fit back.
+def read(path: Path, identity: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file that was written with this identity.
 
     Raises:
-        CacheError: the file belongs to another job; the field that differs is named.
+        CacheError: it cannot be read, or belongs to another job; the field that differs is named.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -123,9 +123,18 @@ def load(path: Path, teachers: Mapping[str, Teacher], identity: Mapping[str, str
     for field, value in identity.items():
         if stored.get(field) != value:
             raise CacheError(
-                f"{path}: fitted for another job: {field} is {stored.get(field)!r} there and {value!r} now; "
-                "use another --out, or --resume never to start over"
+                f"{path}: of another job: {field} is {stored.get(field)!r} there and {value!r} now; use another --out"
             )
+    return tensors
+
+
+def load(path: Path, teachers: Mapping[str, Teacher], identity: Mapping[str, str]) -> dict[str, Normaliser]:
+    """Read what `save` wrote, and give derived teachers their fit back.
+
+    Raises:
+        CacheError: see `read`.
+    """
+    tensors = read(path, identity)
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

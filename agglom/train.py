@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,14 @@ class State:
     window: CellStats
 
 
+class Witness(NamedTuple):
+    """The first step of a log interval whose loss is not finite, else the last step: its rows and their bad cells."""
+
+    step: Tensor
+    row_B: Tensor
+    bad_BT: Tensor
+
+
 @dataclass(frozen=True)
 class Loop:
     """What the loop works with from the first step to the last."""
@@ -63,7 +72,7 @@ def distill(job: Job, base: Path, out: Path, *, resume: str = "auto") -> None:
     `resume` is "auto" (go on where there is a checkpoint in `out`), "never", or the path of a checkpoint.
     Raises ConfigError, PluginError, DataError, NumericsError, Interrupted: on every rank alike.
     """
-    with launched() as world, StopRequest().listening() as stop:
+    with launched() as world, StopRequest().listening(world.has_launcher) as stop:
         run = assemble(job, base, out, world, stop)
         checkpoint = world.broadcast(world.on_main(lambda: _prepare(run, resume)))
         student = build_student(job)
@@ -78,7 +87,7 @@ def distill(job: Job, base: Path, out: Path, *, resume: str = "auto") -> None:
             journal.say(_greeting(run, state))
             surveyed, normalisers = survey(run)
             loop = Loop(run, engine, run.columns, balancer, normalisers, journal, stop)
-            if state.step == 0:
+            if state.step == 0 or not _reported(run, evaluate.TEACHERS_STAGE):
                 found = evaluate.evaluate(run, surveyed, normalisers, evaluate.TEACHERS_STAGE, None)
                 _publish(run, found, journal, 0)
             for stage in run.plan.stages:
@@ -101,16 +110,17 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
     run, engine, world = loop.run, loop.engine, loop.run.world
     feed, accumulate = _feed(run, stage, state.step), run.job.optim.accumulate
     end, watch, logged = stage.first_step + stage.steps, Stopwatch(), state.step
-    seen: list[tuple[Batch, LossTable]] = []
+    witness: Witness | None = None
     dispersion = {name: n.dispersion for name, n in loop.normalisers.items() if n.dispersion is not None}
     engine.train()
     while state.step < end:
-        batches = _read(loop, state, stage, feed, accumulate)
+        batches = _read(loop, stage, state, witness, feed, accumulate)
         lr = schedule.lr(
             state.step - stage.first_step, steps=stage.steps, warmup=stage.warmup_steps, peak=stage.lr, end=stage.lr_end
         )
         generator = _seeded(run, state.step)
-        cells, seen = _no_cells(run), []
+        cells = _no_cells(run)
+        seen: list[tuple[Batch, LossTable]] = []
         for batch in batches:
             wanted = _targets(loop, stage, batch)
             _, predicted = engine(batch.pixels_BCHW)
@@ -128,14 +138,15 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
             engine.step(lr)
             cells = _add(cells, groups.tally(batch.group_B, table.loss_BT, table.valid_BT, len(loop.values)))
             seen.append((batch, table))
+        witness = _witness(state, seen, witness)
         cells = CellStats(*(world.sum(tensor) for tensor in cells))
         state = State(state.step + 1, loop.balancer.update(state.balance, cells), _add(state.window, cells))
         if state.step % run.plan.log_every == 0 or state.step == end:
-            _assert_finite(loop, stage, state, seen)
+            _assert_finite(loop, stage, state, witness)
             _log(loop, stage, state, lr, (state.step - logged) * run.plan.global_batch / watch())
             state, watch, logged = State(state.step, state.balance, _no_cells(run)), Stopwatch(), state.step
         if state.step % run.plan.checkpoint_every == 0 or state.step == end:
-            _assert_finite(loop, stage, state, seen)
+            _assert_finite(loop, stage, state, witness)
             _save(run, engine, state)
     return state
 
@@ -168,7 +179,9 @@ def _feed(run: Run, stage: ResolvedStage, start_step: int) -> Iterator[Batch]:
     return loader(dataset, samples, job.data.workers)
 
 
-def _read(loop: Loop, state: State, stage: ResolvedStage, feed: Iterator[Batch], accumulate: int) -> list[Batch]:
+def _read(
+    loop: Loop, stage: ResolvedStage, state: State, witness: Witness | None, feed: Iterator[Batch], accumulate: int
+) -> list[Batch]:
     """This step's micro-batches; a signal or an unreadable image on any rank ends the run on all of them."""
     device = loop.run.world.device
     error: Exception | None = None
@@ -179,6 +192,7 @@ def _read(loop: Loop, state: State, stage: ResolvedStage, feed: Iterator[Batch],
         error = found
     failed, stopping = loop.run.world.any(error is not None, bool(loop.stop))
     if failed or stopping:
+        _assert_finite(loop, stage, state, witness)
         path = _save(loop.run, loop.engine, state)
         loop.run.world.agree(error)
         raise Interrupted(
@@ -234,26 +248,33 @@ def _state(run: Run, balancer: Balancer) -> dict[str, Tensor]:
     return {key: value.to(run.world.device) for key, value in balancer.init().items()}
 
 
-def _assert_finite(loop: Loop, stage: ResolvedStage, state: State, seen: Sequence[tuple[Batch, LossTable]]) -> None:
-    """Read at log points and before a checkpoint, so a loss that is not finite never reaches one.
+def _witness(state: State, seen: Sequence[tuple[Batch, LossTable]], before: Witness | None) -> Witness:
+    """This step, unless the interval already holds a step that was not finite: decided on the device, nobody waits."""
+    row_B = torch.cat([batch.row_B for batch, _ in seen])
+    bad_BT = torch.cat([table.valid_BT & ~torch.isfinite(table.loss_BT) for _, table in seen])
+    now = Witness(torch.tensor(state.step + 1, device=row_B.device), row_B, bad_BT)
+    sound = torch.isfinite(state.window.sum_GT).all()
+    return now if before is None else Witness(*(torch.where(sound, n, b) for n, b in zip(now, before, strict=True)))
 
-    Raises NumericsError that names the teachers and rows of the step.
+
+def _assert_finite(loop: Loop, stage: ResolvedStage, state: State, witness: Witness | None) -> None:
+    """Read at log points and before a checkpoint, so what is not finite never reaches one.
+
+    Raises NumericsError that names the first such step, its teachers and its rows.
     """
-    if torch.isfinite(state.window.sum_GT).all():
+    finite, norm = bool(torch.isfinite(state.window.sum_GT).all()), loop.engine.grad_norm()
+    if witness is None or (finite and (norm is None or math.isfinite(norm))):
         return
     names = [f"{column.teacher}/{column.kind}" for column in loop.columns]
-    mine = []
-    for batch, table in seen:
-        for row, column in torch.nonzero(table.valid_BT & ~torch.isfinite(table.loss_BT)).tolist():
-            mine.append((names[column], int(batch.row_B[row])))
+    mine = [(names[column], int(witness.row_B[row]) + 1) for row, column in torch.nonzero(witness.bad_BT).tolist()]
     found = [pair for pairs in loop.run.world.gather(mine) for pair in pairs]
-    rows = sorted({row for _, row in found})
-    last = loop.run.out / "checkpoints"
+    teachers, rows = sorted({name for name, _ in found}), sorted({row for _, row in found})
+    shown = ", ".join(map(str, rows[:8])) + (", …" if rows[8:] else "")
+    bad = f"loss not finite for {', '.join(teachers)}, {len(rows)} samples: data rows {shown}"
+    folder = loop.run.out / "checkpoints"
     raise NumericsError(
-        f"stage {stage.name!r} step {state.step}: loss not finite for "
-        f"{', '.join(sorted({name for name, _ in found})) or 'an earlier step of this interval'}, "
-        f"{len(rows)} samples: rows {', '.join(map(str, rows[:8]))}{', …' if len(rows) > 8 else ''}; "
-        f"lower stages[{stage.index}].lr or optim.clip; the last sound checkpoint is {latest(last) or 'none'} in {last}"
+        f"stage {stage.name!r} step {int(witness.step)}: {bad if found else 'gradient not finite'}; lower "
+        f"stages[{stage.index}].lr or optim.clip; the last sound checkpoint is {latest(folder) or 'none'} in {folder}"
     )
 
 
@@ -261,11 +282,16 @@ def _assert_finite(loop: Loop, stage: ResolvedStage, state: State, seen: Sequenc
 
 
 def _log(loop: Loop, stage: ResolvedStage, state: State, lr: float, rate: float) -> None:
-    run, columns = loop.run, loop.columns
+    run = loop.run
+    measured = {"images_per_s": rate, "memory_mib": max(run.world.gather(peak_memory_mib(run.world.device)))}
     grad_norm = loop.engine.grad_norm()
-    memory = max(run.world.gather(peak_memory_mib(run.world.device)))
-    if not run.world.main:
-        return
+    if grad_norm is not None:
+        measured["grad_norm"] = grad_norm
+    run.world.on_main(lambda: _record(loop, stage, state, lr, measured))
+
+
+def _record(loop: Loop, stage: ResolvedStage, state: State, lr: float, measured: dict[str, float]) -> None:
+    columns = loop.columns
     weight_T = torch.tensor([column.weight for column in columns], dtype=torch.float64)
     sum_GT, count_GT = (tensor.cpu() for tensor in state.window)
     sum_GT = sum_GT / weight_T
@@ -284,11 +310,9 @@ def _log(loop: Loop, stage: ResolvedStage, state: State, lr: float, rate: float)
                 values[f"loss_group/{name}/{value}"] = float(mean_GT[group, index])
             for name, indices in teachers.items():
                 values[f"weight/{name}/{value}"] = float(weight_GT[group, indices[0]]) if indices else 1.0
-    values |= {"images_per_s": rate, "memory_mib": memory}
-    if grad_norm is not None:
-        values["grad_norm"] = grad_norm
+    values |= measured
     loop.journal.record(state.step, stage.name, values)
-    loop.journal.say(_line(loop, stage, state, values, teachers, mean_T, mean_GT, rate))
+    loop.journal.say(_line(loop, stage, state, values, teachers, mean_T, mean_GT))
 
 
 def _relative_weights(loop: Loop, state: State) -> Tensor:
@@ -308,7 +332,6 @@ def _line(
     teachers: dict[str, list[int]],
     mean_T: Tensor,
     mean_GT: Tensor,
-    rate: float,
 ) -> str:
     total = loop.run.plan.total_steps
     parts = [f"{stage.name} {state.step}/{total}", f"{100 * state.step / total:.1f}%", f"loss {values['loss']:.3f}"]
@@ -318,6 +341,7 @@ def _line(
         loss_G = mean_GT[:-1][:, active].mean(1).nan_to_num(-torch.inf)
         worst = int(loss_G.argmax())
         parts.append(f"worst {loop.values[worst]} {float(loss_G[worst]):.3f}")
+    rate = values["images_per_s"]
     left = (total - state.step) * loop.run.plan.global_batch / rate
     return "  ".join([*parts, f"{rate:.0f} img/s", f"eta {duration(left)}"])
 
@@ -411,5 +435,8 @@ def _restore(run: Run, engine: Engine, checkpoint: Path) -> State:
 def _finished(run: Run, stage: ResolvedStage, state: State) -> bool:
     """Whether a stage is trained and evaluated. A run that stopped in between is evaluated first."""
     end = stage.first_step + stage.steps
-    reported = run.world.broadcast((run.out / "reports" / f"{stage.name}.json").is_file())
-    return state.step > end or (state.step == end and reported)
+    return state.step > end or (state.step == end and _reported(run, stage.name))
+
+
+def _reported(run: Run, stage: str) -> bool:
+    return run.world.broadcast((run.out / "reports" / f"{stage}.json").is_file())
