@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -84,14 +83,22 @@ class Run:
         data["attributes"] = {name: spec for name, spec in data["attributes"].items() if name in parts}
         settings["data"] = data
         return (
-            {f"config.{key}": _digest(value) for key, value in settings.items()}
+            dict(_leaves("config", settings))
             | {"manifest": self.manifest.digest, "agglom": __version__}
             | {f"teacher {name}": teacher.fingerprint for name, teacher in self.teachers.items()}
         )
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Every setting by its key path, as text: what differs can be named with both its values."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{path}.{key}", item)
+    elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+        for index, item in enumerate(value):
+            yield from _leaves(f"{path}[{index}]", item)
+    else:
+        yield path, json.dumps(value)
 
 
 def assemble(job: Job, base: Path, out: Path, world: World, stop: StopRequest) -> Run:
@@ -203,9 +210,10 @@ def check_identity(identity: dict[str, str], checkpoint: Path) -> None:
         stored = json.loads((checkpoint / IDENTITY).read_text())
     except (OSError, ValueError) as error:
         raise DataError(f"{checkpoint}: not a checkpoint of agglom: {IDENTITY} cannot be read ({error})") from error
-    for key, now in identity.items():
-        if stored.get(key) != now:
+    for key in dict.fromkeys([*identity, *(key for key in stored if key.startswith("config."))]):
+        then, now = stored.get(key, "absent"), identity.get(key, "absent")
+        if then != now:
             raise CacheError(
-                f"{checkpoint}: belongs to another job: {key} was {stored.get(key, 'absent')} and is {now}; "
+                f"{checkpoint}: belongs to another job: {key} was {then} and is {now}; "
                 "restore that setting, or choose another --out to start over"
             )

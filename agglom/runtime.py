@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -138,7 +139,7 @@ class StopRequest:
         before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         over = threading.Event()
         if follow_parent:
-            threading.Thread(target=_follow_parent, args=(os.getppid(), over), daemon=True).start()
+            threading.Thread(target=_follow_launcher, args=(over,), daemon=True).start()
         try:
             yield self
         finally:
@@ -147,9 +148,20 @@ class StopRequest:
                 signal.signal(signum, handler)
 
 
-def _follow_parent(parent: int, over: threading.Event) -> None:
+def _launcher() -> tuple[int, str]:
+    """Parent and grandparent: `deepspeed` starts a process that starts the ranks, and either may die alone."""
+    parent = os.getppid()
+    try:
+        status = Path(f"/proc/{parent}/status").read_text()
+        return parent, next((line for line in status.splitlines() if line.startswith("PPid:")), "")
+    except OSError:  # no /proc, or the parent has just gone
+        return parent, ""
+
+
+def _follow_launcher(over: threading.Event) -> None:
+    launcher = _launcher()
     while not over.wait(PARENT_POLL_S):
-        if os.getppid() != parent:
+        if _launcher() != launcher:
             os.kill(os.getpid(), signal.SIGTERM)
             if not over.wait(GRACE_S):
                 os._exit(143)

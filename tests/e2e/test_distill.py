@@ -1,0 +1,166 @@
+"""The loop in one process: what must change nothing changes nothing, and what is not finite never reaches a file."""
+
+import math
+import re
+
+import pytest
+import torch
+
+from agglom.engine import checkpoints, read_weights
+
+# Sums of floats in another order: three decimals more than anybody reads.
+TOLERANCE = 1e-5
+BRIGHT = 0.45
+
+
+def losses(lab, out):
+    return [{k: v for k, v in line.items() if k.startswith("loss")} for line in lab.metrics(out)]
+
+
+def assert_close(found, expected, tolerance=TOLERANCE):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert value == b[key] or value == pytest.approx(b[key], rel=tolerance), key
+
+
+def test_writes_its_tree(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {
+        *("config.yaml", "plan.md", "metrics.jsonl", "tb", "checkpoints", "normaliser.safetensors"),
+        *("features", "reports", "export"),
+    }
+    assert {path.name for path in (whole / "reports").iterdir()} == {
+        f"{stage}.{suffix}" for stage in ("teachers", "warm", "full") for suffix in ("json", "md", "html", "csv")
+    }
+    assert (whole / "tb").glob("events.*")
+
+
+def test_logs_each_teacher_and_group(lab, whole):
+    lines = lab.metrics(whole)
+    assert [(line["step"], line["stage"]) for line in lines] == [
+        *[(2, "warm"), (4, "warm"), (6, "full"), (8, "full"), (10, "full")]
+    ]
+    warm, full = lines[0], lines[-1]
+    assert {key for key in warm if key.startswith("loss/")} == {
+        f"loss/{name}/{kind}" for name in ("one", "two") for kind in ("summary", "patches")
+    }
+    for name in ("one", "two", "fair"):
+        assert full[f"loss/{name}/summary"] > 0
+        assert full[f"weight/{name}/B"] > 0
+        assert f"loss_group/{name}/patches/A" in full
+    assert {"loss", "lr", "grad_norm"} <= full.keys()
+
+
+def test_learns(lab):
+    """A student without attention over six images' worth of steps: the loss of each column falls."""
+    stages = [{"name": "full", "length": "40 steps", "size": 64, "lr": 3e-3}]
+    lines = lab.metrics(lab.run("out", {"stages": stages, "log.every": "10 steps", "balance": {"kind": "uniform"}}))
+    for key in [key for key in lines[0] if key.startswith("loss")]:
+        assert lines[-1][key] < lines[0][key], key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"engine.zero": 0}, {"engine.zero": 2}, {"engine.zero": 3}, {"optim.accumulate": 2}, {"optim.accumulate": 4}],
+    ids=str,
+)
+def test_the_engine_changes_no_loss(lab, whole, change):
+    assert_close(losses(lab, lab.run("out", change)), losses(lab, whole))
+
+
+def test_bf16_stays_close(lab, whole):
+    """bfloat16 has 8 bits of mantissa."""
+    found = losses(lab, lab.run("out", {"engine.precision": "bf16"}))
+    assert_close(found, losses(lab, whole), 0.05)
+
+
+def test_the_order_of_teachers_changes_nothing(lab, whole):
+    job = lab.job()
+    shuffled = {name: job["teachers"][name] for name in ("two", "fair", "one")}
+    out = lab.run(
+        "out", {"teachers": shuffled, "stages": [job["stages"][0] | {"teachers": ["two", "one"]}, job["stages"][1]]}
+    )
+    assert lab.metrics(out) == lab.metrics(whole)
+    assert all(torch.equal(lab.weights(out)[key], value) for key, value in lab.weights(whole).items())
+
+
+def test_uniform_weights_are_no_weights(lab):
+    """With groups to log by, and without."""
+    grouped = lab.run("grouped", {"balance": {"kind": "uniform", "group": "device"}})
+    plain = lab.run("plain", {"balance": {"kind": "uniform"}})
+    shared = lab.metrics(plain)[0].keys() - {"grad_norm"}
+    assert not [key for key in shared if key.startswith(("loss_group", "weight"))]
+    assert [{k: line[k] for k in line if k in shared or k.startswith("loss/")} for line in lab.metrics(grouped)] == [
+        {k: v for k, v in line.items() if k != "grad_norm"} for line in lab.metrics(plain)
+    ]
+    assert all(torch.equal(lab.weights(grouped)[key], value) for key, value in lab.weights(plain).items())
+
+
+def test_without_labels_the_report_speaks_of_variance(lab, whole):
+    rows = lab.rows(whole)
+    assert {row["metric"] for row in rows} == {"fvu", "fvu_angular"}
+    assert {row["predictor"] for row in rows} == {"student"}
+    assert {row["target"] for row in rows} == {
+        f"{name}/{kind}" for name in ("one", "two", "fair") for kind in ("summary", "patches")
+    }
+    assert {(row["attribute"], row["group"]) for row in rows} == {("", "all"), ("device", "A"), ("device", "B")}
+    assert {row["split"] for row in rows} == {"val", "test"}
+    assert all(row["value"] > 0 and row["lo"] <= row["value"] <= row["hi"] for row in rows if row["status"] == "ok")
+    assert lab.rows(whole, "teachers") == []
+
+
+# ── What is not finite ──
+
+
+def spoilt(size, **more):
+    """One teacher whose summary is NaN for bright images of this size, and views that keep the brightness."""
+    options = {"seed": 1, "width": 24, "nan_at": size, "nan_above": BRIGHT}
+    return {"teachers.two.options": options, "augment.crop": [1.0, 1.0]} | more
+
+
+@pytest.mark.parametrize("every", ["1 steps", "4 steps"])
+def test_a_loss_that_is_not_finite_is_named(lab, capsys, every):
+    """Its first step, teacher and rows, also where the log comes later and everything has become NaN by then."""
+    change = spoilt(32, **{"log.every": every, "log.checkpoint": "1 steps" if every == "1 steps" else "4 steps"})
+    assert lab.distill("out", change) == 5
+    message = capsys.readouterr().err
+    found = re.search(
+        r"stage 'warm' step (\d): loss not finite for two/summary, (\d) samples: data rows ([\d, ]+);", message
+    )
+    assert found, message
+    assert "lower stages[0].lr or optim.clip" in message
+    rows = [int(row) for row in found[3].split(",")]
+    assert len(rows) == int(found[2]) < 8
+    assert all(lab.brightness()[row - 1] > 0.95 * BRIGHT for row in rows)
+    for folder in checkpoints(lab.folder / "out" / "checkpoints"):
+        assert int(folder.name.removeprefix("step-")) < int(found[1])
+        assert all(torch.isfinite(tensor).all() for tensor in read_weights(folder).values())
+
+
+def test_a_signal_after_nan_saves_nothing(lab, capsys, stop_at):
+    stop_at(3)
+    assert lab.distill("out", spoilt(32, **{"log.every": "4 steps"})) == 5
+    assert "loss not finite for two/summary" in capsys.readouterr().err
+    assert checkpoints(lab.folder / "out" / "checkpoints") == []
+
+
+def test_a_gradient_that_is_not_finite_is_no_checkpoint(lab, capsys, monkeypatch):
+    """Finite losses with a gradient that is not, as from a square root at 0."""
+    from agglom.core import losses as table
+
+    real = table.objective
+    monkeypatch.setattr(table, "objective", lambda *a: real(*a) + (real(*a) * 0).sqrt())
+    assert lab.distill("out", {"log.every": "1 steps"}) == 5
+    assert "stage 'warm' step 1: gradient not finite" in capsys.readouterr().err
+    assert checkpoints(lab.folder / "out" / "checkpoints") == []
+
+
+def test_a_run_goes_on_after_its_cause_is_removed(lab, capsys):
+    """Nothing that the failed start has stored stands in the way."""
+    assert lab.distill("out", spoilt(32)) == 5
+    capsys.readouterr()
+    lines = lab.metrics(lab.run("out"))
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]

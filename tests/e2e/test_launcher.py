@@ -1,0 +1,117 @@
+"""The real DeepSpeed launcher with two ranks on the CPU. A launch takes two cores for about 20 s: five at most."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import agglom
+from agglom.engine import checkpoints, read_weights
+
+ROOT = Path(agglom.__file__).parents[1]
+PATIENCE_S = 240
+# Two ranks sum in another order than one.
+TOLERANCE = 1e-5
+
+
+def launch(config, out, *flags, environment=None):
+    """`deepspeed --num_accelerators 2 launch/distill.py`, in a process group of its own: (status, output)."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [
+        *(sys.executable, Path(sys.executable).with_name("deepspeed"), "--num_accelerators", "2"),
+        *("--master_port", str(port), ROOT / "launch" / "distill.py", "--config", config, "--out", out, *flags),
+    ]
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        cwd=out.parent,
+    )
+    try:
+        output, _ = process.communicate(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def two_ranks(workshop):
+    """The base job on two ranks, to its end: output folder and what was printed. Only to be read."""
+    out = workshop.folder / "whole"
+    status, output = launch(workshop.config(), out)
+    assert status == 0, output
+    return out, output
+
+
+def assert_same_losses(lab, found, expected):
+    """Every number of metrics.jsonl to a relative `TOLERANCE`; what one of them lacks, the other lacks."""
+    for a, b in zip(lab.metrics(found), lab.metrics(expected), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert value == b[key] or value == pytest.approx(b[key], rel=TOLERANCE), (a["step"], key)
+
+
+def test_two_ranks_are_one(lab, two_ranks, whole):
+    out, output = two_ranks
+    assert_same_losses(lab, out, whole)
+    expected = lab.weights(whole)
+    for key, value in lab.weights(out).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+    for row, other in zip(lab.rows(out), lab.rows(whole), strict=True):
+        assert row["value"] == pytest.approx(other["value"], rel=1e-4), row
+    assert "on 2 ranks (cpu)" in output
+    assert output.count("stage full, test split") == 1  # one rank speaks
+    assert re.search(r"reloaded in a fresh process: max abs diff \S+", output)
+
+
+def test_zero_3_reproduces_zero_1(lab, two_ranks, workshop):
+    out = workshop.folder / "zero3"
+    status, output = launch(workshop.config({"engine.zero": 3}), out)
+    assert status == 0, output
+    assert_same_losses(lab, out, two_ranks[0])
+
+
+def test_interrupted_and_resumed_is_uninterrupted(lab, two_ranks, workshop):
+    """SIGTERM to the process group within a log interval of the first stage; then the same command again."""
+    out, config = workshop.folder / "resumed", workshop.config()
+    status, output = launch(config, out, environment={"TINY_SIGNAL": "3"})
+    assert status == -signal.SIGTERM, output
+    assert "Traceback" not in output
+    assert re.search(r"interrupted in stage 'warm' after step [34] of 10; checkpoint", output)
+    tags = checkpoints(out / "checkpoints")
+    assert tags
+    assert read_weights(tags[-1])
+
+    status, output = launch(config, out)
+    assert status == 0, output
+    assert "goes on after step" in output
+    assert lab.metrics(out) == lab.metrics(two_ranks[0])
+    expected = lab.weights(two_ranks[0])
+    assert all(torch.equal(value, expected[key]) for key, value in lab.weights(out).items())
+    assert lab.rows(out) == lab.rows(two_ranks[0])
+
+
+def test_ranks_agree_on_an_unreadable_image(workshop):
+    """Rank 1 meets it, both end with the same status, and a checkpoint of the step before is kept."""
+    change, image, row = workshop.damaged()
+    out = workshop.folder / "corrupt"
+    status, output = launch(workshop.config(change), out)
+    assert status == 4, output
+    assert "Traceback" not in output
+    for rank in ("agglom: ", "agglom (rank 1): "):
+        assert f"{rank}{image}: the image cannot be decoded" in output
+    assert f"data row {row + 1} of " in output
+    assert [path.name for path in checkpoints(out / "checkpoints")] == ["step-00000002"]
+    assert read_weights(out / "checkpoints" / "step-00000002")

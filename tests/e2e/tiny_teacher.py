@@ -1,0 +1,67 @@
+"""A teacher for tests: a random patch embedding, with nothing to download and nothing to import but torch.
+
+`TINY_SIGNAL=N` in the environment: rank 0 sends SIGTERM to its process group at the N-th batch of 32 px images, the
+size of the first stage and of no evaluation. It is no option, so a job with it and one without are the same job.
+"""
+
+import hashlib
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from agglom.core.types import Dims, Features, PixelSpec, Teacher
+
+PATCH = 16
+STAGE = 32
+
+
+class Net(nn.Module):
+    """Patches by a convolution and a nonlinearity; the summary reads their mean and maximum."""
+
+    def __init__(self, seed: int, width: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embed = nn.Conv2d(3, width, PATCH, PATCH)
+            self.mix = nn.Linear(width, width)
+            self.read = nn.Linear(2 * width, width)
+
+    def forward(self, pixels_BCHW: Tensor) -> Features:
+        maps_BDhw = self.embed(pixels_BCHW - 0.5)
+        patches_BND = torch.tanh(self.mix(2 * maps_BDhw.flatten(2).transpose(1, 2)))
+        pooled = torch.cat([patches_BND.mean(1), patches_BND.amax(1)], 1)
+        return Features(self.read(pooled), patches_BND, tuple(maps_BDhw.shape[-2:]))
+
+
+def build(*, seed: int = 0, width: int = 32, weights: str = "", nan_at: int = 0, nan_above: float = 0.5) -> Teacher:
+    """A frozen random encoder.
+
+    weights: a file whose content is part of the fingerprint; nan_at: at this image size, the summary of an image
+    whose mean exceeds `nan_above` is NaN.
+    """
+    net = Net(seed, width).eval().requires_grad_(False)
+    batches = [0]
+
+    def encode(pixels_BCHW: Tensor) -> Features:
+        size = pixels_BCHW.shape[-1]
+        batches[0] += size == STAGE
+        if size == STAGE and os.environ.get("TINY_SIGNAL") == str(batches[0]) and os.environ["RANK"] == "0":
+            os.killpg(0, signal.SIGTERM)
+        features = net(pixels_BCHW)
+        if size == nan_at:
+            bright_B1 = pixels_BCHW.mean((1, 2, 3))[:, None] > nan_above
+            features = features._replace(summary_BD=features.summary_BD.masked_fill(bright_B1, float("nan")))
+        return features
+
+    content = Path(weights).read_bytes() if weights else b""
+    return Teacher(
+        module=net,
+        encode=encode,
+        dims=Dims(width, width),
+        pixels=PixelSpec(mean=(0.5,) * 3, std=(1.0,) * 3, patch=PATCH),
+        fingerprint=hashlib.sha256(content + repr((seed, width, nan_at)).encode()).hexdigest(),
+        licence="none",
+    )
