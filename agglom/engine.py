@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from agglom import config
 from agglom.config import Job
 from agglom.core.types import Features
-from agglom.errors import DataError
+from agglom.errors import ConfigError, DataError
 from agglom.runtime import World
 
 LATEST = "latest"
@@ -73,7 +73,14 @@ def launched() -> Iterator[World]:
         # Ranks that share the cores otherwise fight for them.
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=PATIENCE)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False, timeout=PATIENCE)
+    except dist.DistError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"the ranks cannot meet at {place} ({str(error).splitlines()[0]}); another job may hold that port: "
+            "start with `deepspeed --master_port N`"
+        ) from error
     size = dist.get_world_size()
     control = dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
     try:

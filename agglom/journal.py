@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -78,7 +79,9 @@ class Journal:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            # Of a full disk the failed line has told; closing tries it again.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._board.close()
 
 

@@ -7,7 +7,9 @@ import json
 import math
 import platform
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,20 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
     path.write_text(json.dumps(plain(figures), indent=1) + "\n", encoding="utf-8")
 
 
+def dinov2() -> Any:
+    """The packaged teacher DINOv2 ViT-S/14 without its patches, which no probe reads."""
+    from agglom import plugins
+
+    teacher = plugins.build("packaged", "teachers", {"model": "dinov2_vits14"})
+    return replace(teacher, dims=replace(teacher.dims, patches=None))
+
+
 @torch.no_grad()
-def summaries(teacher: Any, images: Iterable[Tensor]) -> Tensor:
-    """Summary features (N, D) of batches of pixels (B, 3, H, W) in [0, 1]."""
-    return torch.cat([teacher.encode(pixels_BCHW).summary_BD for pixels_BCHW in images])
+def encoded(teacher: Any, images: Iterable[Tensor], size: int) -> Tensor:
+    """Summary features (N, D) of batches of pixels (B, 3, H, W) in [0, 1], resized to `size`."""
+    from agglom import targets
+
+    started = time.perf_counter()
+    raw_ND = torch.cat([teacher.encode(targets.resize(pixels_BCHW, size)).summary_BD for pixels_BCHW in images])
+    print(f"{len(raw_ND)} images encoded at {size} px in {time.perf_counter() - started:.0f} s", flush=True)
+    return raw_ND

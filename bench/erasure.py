@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from _common import ROOT, interval, number, parser, summaries, table, versions, write_json
+from _common import ROOT, dinov2, encoded, interval, number, parser, table, versions, write_json
 from scipy.stats import rankdata
 from torch import Tensor
 
-from agglom import config, plugins, probes, targets
+from agglom import config, plugins, probes
 from agglom.core import groups, metrics
-from agglom.core.types import Dims, Features, Teacher
+from agglom.core.types import Features, Teacher
 from agglom.data import manifest as manifests
 from agglom.data import simulate
 from agglom.data.dataset import CLEAN, ImageDataset, collate
@@ -75,19 +73,6 @@ def fashion(folder: Path, size: int, count: int) -> Material:
     raw_ND, device = encoded(teacher, images, size), torch.as_tensor(device_N)
     about = "the device is simulated, and half of the images of every set are of device B"
     return Material(teacher, raw_ND, np.arange(len(raw_ND)), device, {"device": device_N.astype(np.float64)}, about)
-
-
-def dinov2() -> Teacher:
-    """DINOv2 ViT-S/14 without its patches, which no probe reads."""
-    teacher = plugins.build("packaged", "teachers", {"model": "dinov2_vits14"})
-    return replace(teacher, dims=Dims(teacher.dims.summary, None))
-
-
-def encoded(teacher: Teacher, images: Iterator[Tensor], size: int) -> Tensor:
-    started = time.perf_counter()
-    raw_ND = summaries(teacher, (targets.resize(batch, size) for batch in images))
-    print(f"{len(raw_ND)} images encoded at {size} px in {time.perf_counter() - started:.0f} s", flush=True)
-    return raw_ND
 
 
 def deal(material: Material, shares: tuple[float, ...], seed: int) -> list[np.ndarray]:

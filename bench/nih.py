@@ -17,6 +17,21 @@ from agglom import report
 MACHINE = "two CPU cores, no GPU"
 RESULTS = ROOT / "bench" / "results"
 FVU_BAR, FVU_BOUND = 0.8, 1.0
+# In the repository root; a copy of shared/ lies beside it.
+MANIFEST = "../shared/data/nih1000/manifest.csv"
+START = """\
+.venv/bin/python -c "from agglom import plugins; from safetensors.torch import save_file; save_file(plugins.build(
+    'packaged', 'teachers', {'model': 'mobilenetv2'}).module.net.state_dict(), 'out/mobilenetv2.safetensors')\""""
+DISTIL = f"""\
+OMP_NUM_THREADS=1 .venv/bin/deepspeed --num_accelerators 2 launch/distill.py --config configs/nih.yaml --out out/nih \\
+    --set data.manifest={MANIFEST} --set data.workers=0 \\
+    --set student.options.model=mobilenetv2_100 --set student.options.checkpoint=./out/mobilenetv2.safetensors \\
+    --set teachers.erased.options.shrink=0.1 --set 'augment.crop=[0.8,1.0]' --set optim.batch=32 \\
+    --set 'stages[0].length=60 steps' --set 'stages[0].lr_end=5e-4' \\
+    --set 'stages[1].length=240 steps' --set 'stages[1].size=112' --set 'stages[1].lr=1e-3'"""
+SEX = f".venv/bin/python bench/erasure.py --manifest {MANIFEST} --shrink 0.1 --json out/erasure-nih1000.json"
+DEVICE = ".venv/bin/python bench/erasure.py --data fashion --json out/erasure-fashion.json"
+RECORD = ".venv/bin/python bench/nih.py --out out/nih --stage full"
 
 Row = dict[str, Any]
 
@@ -71,14 +86,15 @@ def leak(figures: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def nih(found: report.GroupReport, figures: dict[str, Any] | None, commands: list[str]) -> tuple[str, dict[str, Any]]:
+def nih(found: report.GroupReport, figures: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """The record of the run, and its figures."""
     rows, split = found.rows, found.context["split"]
     fvu, met = fvu_lines(rows)
     label = found.context["labels"][0]
     parts = [
         f"# NIH ChestX-ray14 extract: student and teachers after stage `{found.stage}`",
         f"776 real chest X-rays of 197 patients; headline split `{split}`. Made on {MACHINE}; {versions()}:",
-        "```\n" + "\n".join(commands) + "\n```",
+        "```\n" + "\n".join((START, DISTIL, SEX, RECORD)) + "\n```",
         "A row with a status other than `ok` has fewer than 30 patients of one class: its value is given, its interval "
         "is not promised. `all` is below that minimum too where the split has fewer.",
     ]
@@ -102,34 +118,25 @@ def nih(found: report.GroupReport, figures: dict[str, Any] | None, commands: lis
     return "\n\n".join(parts) + "\n", {"stage": found.stage, "split": split, "fvu_met": met, "rows": rows}
 
 
-def commands_in(path: Path) -> list[str]:
-    """The commands to record, one a line."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def main() -> None:
     cli = parser(__doc__)
     cli.add_argument("--out", type=Path, default=Path("out/nih"), help="folder of the run (default out/nih)")
     cli.add_argument("--stage", default="full", help="stage whose report is read (default full)")
     cli.add_argument("--erasure", type=Path, default=Path("out/erasure-nih1000.json"), help="of bench/erasure.py")
     cli.add_argument("--fashion", type=Path, default=Path("out/erasure-fashion.json"), help="of bench/erasure.py")
-    cli.add_argument("--commands", type=Path, default=RESULTS / "commands.txt", help="the commands that made them")
     cli.add_argument("--results", type=Path, default=RESULTS, help="folder of the records (default bench/results)")
     options = cli.parse_args()
-    commands, written = commands_in(options.commands), {}
-    read = {path: json.loads(path.read_text()) for path in (options.erasure, options.fashion) if path.is_file()}
     stage = options.out / "reports" / f"{options.stage}.json"
-    texts = {}
+    texts: dict[str, str] = {}
+    written: dict[str, Any] = {}
+    read = {path: json.loads(path.read_text()) for path in (options.erasure, options.fashion) if path.is_file()}
     if stage.is_file():
-        mine = [c for c in commands if "fashion" not in c]
-        texts["nih.md"], written["nih"] = nih(report.load(stage), read.get(options.erasure), mine)
+        texts["nih.md"], written["nih"] = nih(report.load(stage), read.get(options.erasure))
     if options.fashion in read:
-        mine = "\n".join(c for c in commands if "fashion" in c)
-        head = "# Erasure of a simulated device, Fashion-MNIST, DINOv2 ViT-S/14"
         written["fashion"] = read[options.fashion]
-        texts["erasure.md"] = f"{head}\n\nMade on {MACHINE}; {versions()}:\n\n```\n{mine}\n```\n\n" + leak(
-            read[options.fashion]
-        )
+        head = "# Erasure of a simulated device, Fashion-MNIST, DINOv2 ViT-S/14"
+        made = f"Made on {MACHINE}:\n\n```\n{DEVICE}\n{RECORD}\n```"
+        texts["erasure.md"] = f"{head}\n\n{made}\n\n{leak(read[options.fashion])}"
     for name, text in texts.items():
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / name).write_text(text.rstrip() + "\n", encoding="utf-8")

@@ -42,7 +42,7 @@ def simulate(images_NHW: np.ndarray, device_B: np.ndarray, seed: int) -> np.ndar
     return taken_NHW
 
 
-def digits(out: Path, *, train: int = 600, val: int = 200, test: int = 400, seed: int = 0) -> Counter[tuple[str, str]]:
+def digits(out: Path, *, train: int = 600, val: int = 150, test: int = 250, seed: int = 0) -> Counter[tuple[str, str]]:
     """Write scikit-learn's digits, upsampled to 64×64, with label `even`; returns counts of (split, device).
 
     Raises:
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write real images with a simulated device and their manifest.",
     )
     sources = parser.add_subparsers(dest="source_name", required=True)
-    for name, make, sizes in (("digits", digits, (600, 200, 400)), ("fashion", fashion, (10000, 2000, 5000))):
+    for name, make, sizes in (("digits", digits, (600, 150, 250)), ("fashion", fashion, (10000, 2000, 5000))):
         sub = sources.add_parser(name, help=f"write {name} as PNG files and a manifest")
         sub.set_defaults(make=make)
         sub.add_argument("out", type=Path, metavar="OUT")

@@ -85,6 +85,19 @@ class Lab:
     def job(self):
         return base_job(self.images)
 
+    def manifest(self, edit):
+        """A manifest beside that of the images: `edit` changes its rows, dicts in the order of the file."""
+        with (self.images / "manifest.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        edit(rows)
+        self.files += 1
+        path = self.images / f"{self.folder.name}-{self.files}.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        return str(path)
+
     def brightness(self):
         """The mean of each image of the manifest."""
         with (self.images / "manifest.csv").open() as file:
@@ -160,6 +173,14 @@ def whole(images, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         quick_verify(patch)
         return Lab(images, tmp_path_factory.mktemp("whole")).run()
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of a finished run, in the folder "out" of `lab`, that may be touched."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -54,18 +54,22 @@ BLOCKS = blocks(README)
 PROSE = prose(README)
 
 
-def commands(language):
-    """The lines of the blocks of a language, as lists of words."""
-    lines = [line for block in BLOCKS if block.language == language for line in block.text.splitlines()]
-    return [shlex.split(line) for line in lines if line]
+def commands():
+    """The commands in blocks and in the text, as lists of words."""
+    lines = [line for block in BLOCKS if block.language in ("bash", "text") for line in block.text.splitlines()]
+    inline = re.findall(r"`([^`]+)`", PROSE)
+    return [shlex.split(text) for text in [*lines, *inline] if re.match(r"(agglom|deepspeed|python) ", text)]
 
 
 def checkout(folder):
     """A copy of this checkout as a new user has it, with the files of the README in it."""
     copy = folder / "agglom"
     shutil.copytree(ROOT, copy, ignore=LEFT)
-    if (ROOT / ".venv").is_dir():
+    if (ROOT / ".venv" / "ready").is_file():
         (copy / ".venv").symlink_to(ROOT / ".venv")
+        # Were they newer than the environment, `make demo` would install this copy into it.
+        for path in (copy / "setup.cfg", *(copy / "requirements").iterdir()):
+            os.utime(path, (0, 0))
     for block in BLOCKS:
         if block.file:
             (copy / block.file).write_text(block.text, encoding="utf-8")
@@ -219,9 +223,8 @@ def test_verbs_and_their_flags_are_those_of_the_command_line():
 
 
 def test_every_command_has_a_verb_and_flags_that_exist():
-    inline = [shlex.split(text) for text in re.findall(r"`((?:agglom|deepspeed) [^`]+)`", PROSE)]
     seen = set()
-    for words in [*commands("bash"), *commands("text"), *inline]:
+    for words in commands():
         flags = {word for word in words if word.startswith("--")}
         if words[0] == "agglom":
             seen.add(words[1])

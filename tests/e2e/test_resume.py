@@ -131,14 +131,6 @@ def test_broken_stored_features_are_made_again(lab, whole):
 # ── Refusals ──
 
 
-@pytest.fixture
-def finished(whole, tmp_path):
-    """A copy of a run that may be touched."""
-    out = tmp_path / "out"
-    shutil.copytree(whole, out)
-    return out
-
-
 def test_never_refuses_a_folder_with_a_run(lab, finished, capsys):
     before = lab.tree(finished)
     assert lab.distill("out", None, "--resume", "never") == 2
@@ -151,30 +143,29 @@ def test_never_refuses_a_folder_with_a_run(lab, finished, capsys):
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"optim.batch": 16}, "config.optim"),
+        ({"optim.batch": 16}, "config.optim.batch was 8 and is 16"),
         ({"stages": [{"name": "full", "length": "9 steps", "size": 64}]}, "config.stages"),
-        ({"seed": 1}, "config.seed"),
-        ({"balance": {"kind": "uniform"}}, "config.balance"),
-        ({"augment.flip": True}, "config.augment"),
-        ({"teachers.two.weight": 0.5}, "config.teachers"),
-        ({"engine.zero": 2}, "config.engine"),
-        ({"student.options": {"width": 16}}, "config.student"),
+        ({"seed": 1}, "config.seed was 0 and is 1"),
+        ({"balance": {"kind": "uniform"}}, 'config.balance.kind was "group_dro" and is "uniform"'),
+        ({"augment.flip": True}, "config.augment.flip was false and is true"),
+        ({"teachers.two.weight": 0.5}, "config.teachers.two.weight was 1.0 and is 0.5"),
+        ({"engine.zero": 2}, "config.engine.zero was 1 and is 2"),
+        ({"student.options": {"width": 16}}, "config.student.options.width was absent and is 16"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
 def test_refuses_another_configuration(lab, finished, capsys, change, field):
     before = lab.tree(finished)
     assert lab.distill("out", change) == 4
     message = capsys.readouterr().err
-    assert f"belongs to another job: {field} was " in message
+    assert f"belongs to another job: {field}" in message
     assert "choose another --out" in message
     assert lab.tree(finished) == before
 
 
-def test_refuses_another_manifest(lab, images, finished, capsys):
-    text = (images / "manifest.csv").read_text()
-    (images / "other.csv").write_text(text.replace(",A,1", ",A,0", 1))
-    assert lab.distill("out", {"data.manifest": str(images / "other.csv")}) == 4
+def test_refuses_another_manifest(lab, finished, capsys):
+    other = lab.manifest(lambda rows: rows[3].update(device="A" if rows[3]["device"] == "B" else "B"))
+    assert lab.distill("out", {"data.manifest": other}) == 4
     assert "belongs to another job: manifest was " in capsys.readouterr().err
 
 

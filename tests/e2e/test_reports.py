@@ -1,0 +1,216 @@
+"""What a run says: the rows of its reports, and the verbs that read it afterwards."""
+
+import csv
+import json
+import math
+import shutil
+
+import pytest
+
+from agglom import cli, report
+from agglom.report import COLUMNS
+
+PROBED = ("auroc", "accuracy", "tpr", "fpr", "ece")
+TEACHERS = {f"teacher/{name}" for name in ("one", "two", "fair")}
+
+
+@pytest.fixture
+def out(labelled, tmp_path):
+    """A copy of a finished run that may be touched."""
+    shutil.copytree(labelled, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def select(rows, **wanted):
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_rows_have_every_column(lab, labelled):
+    for stage in ("teachers", "warm", "full"):
+        rows = lab.rows(labelled, stage)
+        assert rows
+        for row in rows:
+            assert tuple(row) == COLUMNS
+            assert row["stage"] == stage
+            assert row["status"] in report.STATUSES
+            for key in ("value", "lo", "hi", "threshold"):
+                assert row[key] is None or math.isfinite(row[key])
+            if row["status"] == "ok" and row["value"] is not None:
+                assert row["lo"] is None or row["lo"] <= row["value"] <= row["hi"]
+
+
+def test_predictors(lab, labelled):
+    before, after = lab.rows(labelled, "teachers"), lab.rows(labelled, "full")
+    assert {row["predictor"] for row in before} == TEACHERS | {"ensemble"}
+    assert {row["predictor"] for row in after} == TEACHERS | {"ensemble", "student"} | {
+        f"student - {name}" for name in TEACHERS
+    }
+
+
+def test_every_cell_is_reported(lab, labelled):
+    """Predictor × metric × group × split × readout, gaps and worst groups, and paired differences."""
+    rows = lab.rows(labelled)
+    groups = [("", "all"), ("device", "A"), ("device", "B")]
+    for predictor in ["student", "ensemble", *TEACHERS]:
+        for readout in ("linear", "knn"):
+            for split in ("val", "test"):
+                mine = select(rows, predictor=predictor, readout=readout, split=split, label="even")
+                for metric in PROBED:
+                    assert [(r["attribute"], r["group"]) for r in select(mine, metric=metric)] == groups
+                    for summary in ("gap", "worst"):
+                        (row,) = select(mine, metric=f"{metric}_{summary}")
+                        assert (row["attribute"], row["group"]) == ("device", "all")
+    for name in TEACHERS:
+        for metric in PROBED:
+            found = select(rows, predictor=f"student - {name}", metric=metric, split="test", readout="linear")
+            assert [(r["attribute"], r["group"]) for r in found] == groups
+
+
+def test_differences_are_differences(lab, labelled):
+    rows = select(lab.rows(labelled), split="test", readout="linear", metric="auroc")
+    for group in ("all", "A", "B"):
+        (student,), (teacher,), (paired,) = (
+            select(rows, predictor=name, group=group) for name in ("student", "teacher/one", "student - teacher/one")
+        )
+        assert paired["value"] == pytest.approx(student["value"] - teacher["value"])
+
+
+def test_counts_are_those_of_the_manifest(lab, labelled, images):
+    with (images / "manifest.csv").open() as file:
+        table = [row for row in csv.DictReader(file) if row["split"] == "test"]
+    for group in ("A", "B", "all"):
+        members = [row for row in table if group in ("all", row["device"])]
+        positive = sum(row["even"] == "1" for row in members)
+        (row,) = select(
+            lab.rows(labelled), predictor="student", metric="auroc", group=group, split="test", readout="linear"
+        )
+        assert (row["n"], row["n_pos"], row["n_neg"]) == (len(members), positive, len(members) - positive)
+        assert row["n_patients"] == len(members)
+
+
+def test_thresholds_come_from_validation(lab, labelled):
+    """The same threshold on val and test, for each predictor and readout; metrics without one have none."""
+    rows = lab.rows(labelled)
+    for row in rows:
+        assert (row["threshold"] is not None) == (row["metric"].split("_")[0] in ("accuracy", "tpr", "fpr")) or row[
+            "predictor"
+        ].startswith("student - ")
+    cuts = {row["threshold"] for row in select(rows, predictor="student", readout="linear", metric="tpr")}
+    assert len(cuts) == 1
+
+
+def test_variance_unexplained_of_each_target(lab, labelled):
+    rows = [row for row in lab.rows(labelled) if row["metric"].startswith("fvu")]
+    for name in ("one", "two", "fair"):
+        for metric, kind in (("fvu", "patches"), ("fvu_angular", "summary")):
+            found = select(rows, metric=metric, target=f"{name}/{kind}", split="test")
+            assert [(r["attribute"], r["group"]) for r in found] == [("", "all"), ("device", "A"), ("device", "B")]
+            assert all(row["predictor"] == "student" and row["note"] == "teacher at 64 px" for row in found)
+
+
+def test_one_class_is_a_status_and_no_error(lab):
+    """A label that test images of device B have all, and one that train images have all: null, and a sentence."""
+
+    def classes(rows):
+        for row in rows:
+            test_b = row["split"] == "test" and row["device"] == "B"
+            row |= {"constant": 1, "rare": 1 if test_b else row["even"]}
+
+    out = lab.run("out", {"data.manifest": lab.manifest(classes), "data.labels": ["constant", "rare"]})
+    (row,) = select(
+        lab.rows(out), label="rare", predictor="student", metric="auroc", group="B", split="test", readout="knn"
+    )
+    assert (row["value"], row["lo"], row["hi"], row["status"]) == (None, None, None, "single_class")
+    assert select(lab.rows(out), label="constant") == []
+    notes = json.loads((out / "reports" / "full.json").read_text())["context"]["notes"]
+    assert [note for note in notes if note.startswith("constant: all train images have one class")]
+
+
+def test_the_same_numbers_are_in_tensorboard(lab, labelled):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(labelled / "tb"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    assert {"loss", "lr", "images_per_s", "memory_mib", "loss/one/summary", "loss_group/one/summary/B"} <= set(tags)
+    (row,) = select(lab.rows(labelled), predictor="student", metric="auroc", group="B", split="test", readout="linear")
+    found = events.Scalars("eval/auroc/even/linear/student/device=B")
+    assert found[-1].step == 10
+    assert found[-1].value == pytest.approx(row["value"])
+
+
+# ── Verbs on a finished run ──
+
+
+def test_a_finished_run_runs_again_at_no_cost(lab, whole, out, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (out / "reports").iterdir()}
+    assert cli.main(["distill", "--config", str(out / "config.yaml"), "--out", str(out)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "reports").iterdir()} == before
+
+
+def test_evaluate_writes_the_same_report_again(lab, labelled, out, capsys):
+    """From the configuration that the run has left in its folder."""
+    shutil.rmtree(out / "reports")
+    assert cli.main(["evaluate", "--out", str(out)]) == 0
+    assert lab.rows(out, "full") == lab.rows(labelled, "full")
+    assert lab.rows(out, "teachers") == lab.rows(labelled, "teachers")
+    assert str(out / "reports" / "full.html") in capsys.readouterr().out
+
+
+def test_evaluate_with_other_groups(lab, out):
+    assert cli.main(["evaluate", "--out", str(out), "--set", "data.groups=[]"]) == 0
+    assert {row["attribute"] for row in lab.rows(out, "full")} == {""}
+
+
+def test_compare_prints_the_paired_table(out, capsys):
+    assert cli.main(["compare", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "student minus each teacher" in text
+    for name in ("one", "two", "fair"):
+        assert name in text
+
+
+def test_export_writes_the_same_weights_again(lab, labelled, out, capsys):
+    shutil.rmtree(out / "export")
+    assert cli.main(["export", "--out", str(out)]) == 0
+    expected = lab.weights(labelled)
+    found = lab.weights(out)
+    assert found.keys() == expected.keys()
+    assert all((found[key] == value).all() for key, value in expected.items())
+    assert "max abs diff" in capsys.readouterr().out
+
+
+def test_plan_of_the_stored_configuration(out, capsys):
+    assert cli.main(["plan", "--config", str(out / "config.yaml")]) == 0
+    assert capsys.readouterr().out == (out / "plan.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("what", "kinds"),
+    [
+        ("teachers", ("timm", "open_clip", "transformers", "packaged", "erased")),
+        ("students", ("timm",)),
+        ("balancers", ("uniform", "inverse_frequency", "group_dro")),
+    ],
+)
+def test_list(what, kinds, capsys):
+    assert cli.main(["list", what]) == 0
+    text = capsys.readouterr().out
+    for kind in kinds:
+        assert f"{kind}: " in text
+
+
+def test_check_of_a_file(lab, capsys):
+    teacher = lab.job()["teachers"]["one"]["kind"]
+    assert cli.main(["check", teacher, "--set", "width=24"]) == 0
+    assert "determin" in capsys.readouterr().out
+
+
+def test_check_of_a_job_says_what_is_broken(lab, capsys):
+    """The teachers pass; the student of these tests is none that plain timm could build."""
+    assert cli.main(["check", "--config", str(lab.config())]) == 2
+    message = capsys.readouterr().err
+    for name in ("one", "two", "fair"):
+        assert f"teachers.{name}\nok " in message
+    assert message.count("FAIL ") == 1
+    assert "FAIL  plain timm rebuilds the backbone from the recipe" in message
