@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,6 +38,7 @@ WEIGHTS, HEADS, SAMPLE, CONFIG, CARD = (
     "config.json",
     "README.md",
 )
+OWN = "student.py"  # the plug-in of a student of the user's own travels along
 TOLERANCE = 1e-5
 
 
@@ -77,6 +80,8 @@ def write(
         save_file(_plain(student.backbone.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
         save_file(_plain(model.heads.state_dict()), folder / HEADS)
         save_file(_plain({"pixels": pixels, **_outputs(model, pixels)}), folder / SAMPLE)
+        if run.job.student.kind.endswith(".py"):
+            shutil.copyfile(run.job.student.kind, folder / OWN)
         (folder / CONFIG).write_text(json.dumps(_config(run, student), indent=1) + "\n")
         (folder / CARD).write_text(_card(run, student), encoding="utf-8")
     say(_verify_afresh(folder))
@@ -90,17 +95,15 @@ def load(folder: Path) -> Distiller:
     try:
         stored = json.loads((folder / CONFIG).read_text())["agglom"]
         weights, heads = load_file(folder / WEIGHTS), load_file(folder / HEADS)
-    except (OSError, ValueError, KeyError) as error:
+        kind = stored["student"]["kind"]
+        kind = str(folder / kind) if kind.endswith(".py") else kind
+        student = plugins.build(kind, "students", stored["student"]["options"])
+        student.backbone.load_state_dict(weights)
+        targets = {name: Dims(**dims) for name, dims in stored["heads"]["targets"].items()}
+        model = Distiller(student.module, student.dims, targets, stored["heads"]["hidden"], stored["heads"]["depth"])
+        model.heads.load_state_dict(heads)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{folder}: not an export of agglom ({error}); write it again with `agglom export`") from error
-    # Published weights would be fetched only to be replaced.
-    bare = {"pretrained": False, "checkpoint": None}
-    options = stored["student"]["options"]
-    options |= {key: bare[key] for key in bare if key in options}
-    student = plugins.build(stored["student"]["kind"], "students", options)
-    student.backbone.load_state_dict(weights)
-    targets = {name: Dims(**dims) for name, dims in stored["heads"]["targets"].items()}
-    model = Distiller(student.module, student.dims, targets, stored["heads"]["hidden"], stored["heads"]["depth"])
-    model.heads.load_state_dict(heads)
     return model.eval()
 
 
@@ -139,7 +142,8 @@ def _verify_afresh(folder: Path) -> str:
         check=False,
     )
     if done.returncode:
-        raise DataError(f"{folder}: the export does not reload: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise DataError(f"{folder}: the export does not reload: {said[-1]}")
     return done.stdout.strip()
 
 
@@ -153,12 +157,20 @@ def _config(run: Run, student: Student) -> dict[str, object]:
             "version": __version__,
             "pixels": asdict(student.pixels)
             | {"range": [0, 1], "size": input_size(student.pixels, run.plan.evaluate_size)},
-            "student": asdict(run.job.student),
+            "student": _student(run.job),
             "heads": asdict(run.job.heads) | {"targets": {name: asdict(dims) for name, dims in run.targets.items()}},
             "teachers": {n: {"fingerprint": t.fingerprint, "licence": t.licence} for n, t in run.teachers.items()},
             "manifest": run.manifest.digest,
         },
     }
+
+
+def _student(job: Job) -> dict[str, object]:
+    """How to build the student again: its start is of no interest, and no path of this machine leaves it."""
+    kind = OWN if job.student.kind.endswith(".py") else job.student.kind
+    start = {"checkpoint": None, "pretrained": False}
+    options = {key: start.get(key, value) for key, value in job.student.options.items()}
+    return {"kind": kind, "options": options}
 
 
 def _card(run: Run, student: Student) -> str:

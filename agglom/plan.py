@@ -123,6 +123,11 @@ def support(manifest: Manifest, names: Sequence[str]) -> list[Support]:
     return found
 
 
+def count(n: int, noun: str) -> str:
+    """A number with its noun: 1 rank, 2 ranks."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def headline_split(job: Job, manifest: Manifest) -> str:
     """The split that the report speaks of: test, or val where there is none."""
     return "test" if job.data.splits.test is not None and len(manifest.rows("test")) else "val"
@@ -163,7 +168,8 @@ def _warnings(job: Job, manifest: Manifest) -> Iterator[str]:
 def render(plan: Plan, job: Job, manifest: Manifest) -> str:
     """The plan as Markdown: stages, batch, work, groups with their support, warnings."""
     sizes = {split: len(manifest.rows(split)) for split in SPLITS}
-    per_rank = f"{plan.micro} images × {job.optim.accumulate} accumulation steps × {plan.world} ranks"
+    parts = (plan.micro, "image"), (job.optim.accumulate, "accumulation step"), (plan.world, "rank")
+    per_rank = " × ".join(count(n, noun) for n, noun in parts)
     lines = [
         "# Plan",
         "",

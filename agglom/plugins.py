@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from agglom.errors import PluginError
+from agglom.errors import AgglomError, PluginError
 
 Package = Literal["teachers", "students", "balancers"]
 HOME = Path(__file__).parents[1]
@@ -146,12 +146,21 @@ def resolve(kind: str, package: str) -> Plugin:
 def build(kind: str, package: str, options: Mapping[str, Any], **injected: Any) -> Any:
     """Check the options, import the plug-in and call it with them and `injected`, of which it gets what it names.
 
-    Raises PluginError that lists every wrong option.
+    Raises PluginError that lists every wrong option, or tells how the plug-in failed.
     """
     signature = schema(kind, package)
     check(signature, options, injected)
     given = {name: value for name, value in injected.items() if name in signature.options}
-    return resolve(kind, package).build(**options, **given)
+    plugin = resolve(kind, package)
+    try:
+        return plugin.build(**options, **given)
+    except AgglomError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise PluginError(
+            f"{package} kind {kind!r}: {signature.function}() in {signature.file} failed: {reason}"
+        ) from error
 
 
 def _home(package: str) -> Path:

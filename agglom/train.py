@@ -238,10 +238,7 @@ def _balancer(run: Run) -> Balancer:
         run.plan.global_batch,
         len(train_N),
     )
-    try:
-        return plugins.build(run.job.balance.kind, "balancers", run.job.balance.options, cells=cells)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return plugins.build(run.job.balance.kind, "balancers", run.job.balance.options, cells=cells)
 
 
 def _state(run: Run, balancer: Balancer) -> dict[str, Tensor]:
@@ -348,9 +345,11 @@ def _line(
 
 def _greeting(run: Run, state: State) -> str:
     where = f"goes on after step {state.step}" if state.step else "starts"
+    sizes = (len(run.plan.stages), "stage"), (run.plan.total_steps, "step"), (run.world.size, "rank")
+    stages, steps, ranks = (plan.count(n, noun) for n, noun in sizes)
     return (
-        f"agglom {__version__} {where}: {len(run.plan.stages)} stages, {run.plan.total_steps} steps of "
-        f"{run.plan.global_batch} images on {run.world.size} rank{'s' * (run.world.size > 1)} ({run.world.device.type})"
+        f"agglom {__version__} {where}: {stages}, {steps} of {run.plan.global_batch} images "
+        f"on {ranks} ({run.world.device.type})"
     )
 
 

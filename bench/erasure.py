@@ -62,15 +62,15 @@ def nih(path: Path, size: int) -> Material:
 def fashion(folder: Path, size: int, count: int) -> Material:
     """`count` images, half of them as taken by simulated device B; every image is its own patient."""
     files = [folder / f"{stem}-images-idx3-ubyte.gz" for stem in ("train", "t10k")]
-    pixels = np.concatenate([np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=16) for file in files])
-    images_NHW = pixels.reshape(-1, 28, 28)
+    raw = [np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8, offset=16) for file in files]
+    images_NHW = np.concatenate(raw).reshape(-1, 28, 28)
     rng = np.random.default_rng(0)
     images_NHW = images_NHW[rng.permutation(len(images_NHW))[:count]].astype(np.float32) / 255
     device_N = rng.permutation(np.arange(len(images_NHW)) % 2)
     taken_N1HW = torch.from_numpy(simulate.simulate(images_NHW, device_N == 1, seed=0))[:, None]
     images = (chunk.expand(-1, 3, -1, -1) for chunk in taken_N1HW.split(64))
-    teacher = dinov2()
-    raw_ND, device = encoded(teacher, images, size), torch.as_tensor(device_N)
+    teacher, device = dinov2(), torch.as_tensor(device_N)
+    raw_ND = encoded(teacher, images, size)
     about = "the device is simulated, and half of the images of every set are of device B"
     return Material(teacher, raw_ND, np.arange(len(raw_ND)), device, {"device": device_N.astype(np.float64)}, about)
 
@@ -154,8 +154,7 @@ def pooled(found: list[dict]) -> list[dict]:
 
 def summary(rows: list[dict], erased: str) -> str:
     """The rows of one eraser as a table, and the verdict."""
-    head = ("read", "by", "features", "AUROC", "SD of repeats", "null inside", "n", "patients", "status")
-    lines = []
+    head, lines = ("read", "by", "features", "AUROC", "SD of repeats", "null inside", "n", "patients", "status"), []
     for r in rows:
         what, covers = interval(r["value"], r["lo"], r["hi"]), f"{r['covers']} of {r['repeats']}"
         support = (number(r["spread"]), covers, r["n"], r["n_patients"], r["status"])
@@ -173,7 +172,7 @@ def main() -> None:
     cli.add_argument("--repeats", type=int, help="random partitions (default 40; fashion 10)")
     cli.add_argument("--shrink", type=float, default=0.0, help="of the eraser, as of the teacher (default 0)")
     cli.add_argument("--per-width", type=int, nargs="+", default=(10, 50, 100), help="eraser's images ÷ width, fashion")
-    cli.add_argument("--size", type=int, help="pixels (default 112; fashion 56)")
+    cli.add_argument("--size", type=int, help="pixels (default 112; fashion 42)")
     options = cli.parse_args()
     torch.set_grad_enabled(False)
     if options.data == "nih1000":
@@ -183,7 +182,7 @@ def main() -> None:
         repeats, erased, rotate = options.repeats or 10, "device", False
         sizes = [(WIDTH * ratio, PROBED, TESTED) for ratio in options.per_width]
         total = max(sum(size) for size in sizes)
-        material = fashion(options.source, options.size or 56, total)
+        material = fashion(options.source, options.size or 42, total)
         settings = [tuple(part / total for part in size) for size in sizes]
     print(f"{material.about}; {len(np.unique(material.patient_N))} patients, {repeats} repeats")
     figures = []

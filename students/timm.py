@@ -29,6 +29,10 @@ def build(
     net, args, patch, side = timm_network(
         "students.timm", model, pretrained=pretrained, checkpoint=checkpoint, size=size, **extra
     )
+    table = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    if args.get("dynamic_img_size") and table is not None:
+        # Without it timm loads an export into a table of positions of its own default size, resampled.
+        args = {"img_size": list(table)} | args
     cfg = net.pretrained_cfg
     module = TimmEncoder(net, cfg["mean"], cfg["std"])
     dims, _ = measured("students.timm", model, module.eval(), patch, side)
@@ -44,6 +48,7 @@ def build(
                 "mean": list(cfg["mean"]),
                 "std": list(cfg["std"]),
                 "input_size": [3, side, side] if side else list(cfg["input_size"]),
+                "fixed_input_size": cfg.get("fixed_input_size", False),
                 "interpolation": cfg.get("interpolation", "bicubic"),
                 "crop_pct": 1.0,
                 "num_classes": 0,

@@ -155,7 +155,7 @@ class Lab:
 
 
 def quick_verify(patch):
-    """A fresh process costs seconds of imports: tests/unit/test_export.py and the launches have it, the rest not."""
+    """A fresh process costs seconds of imports: test_export.py and the launches have it, the rest not."""
     from agglom import export
 
     patch.setattr(export, "_verify_afresh", lambda folder: f"max abs diff {export.verify(folder):.1e}")

@@ -67,7 +67,14 @@ def test_learns(lab):
     ids=str,
 )
 def test_the_engine_changes_no_loss(lab, whole, change):
-    assert_close(losses(lab, lab.run("out", change)), losses(lab, whole))
+    """And its checkpoint, whatever its form, holds the weights that are exported."""
+    out = lab.run("out", change)
+    assert_close(losses(lab, out), losses(lab, whole))
+    stored = read_weights(out / "checkpoints" / "step-00000010")
+    trunk = {key.removeprefix("trunk."): value for key, value in stored.items() if key.startswith("trunk.")}
+    exported = {key.removeprefix("model."): v for key, v in lab.weights(out).items() if key.startswith("model.")}
+    assert trunk.keys() == exported.keys()
+    assert all(torch.equal(trunk[key], value) for key, value in exported.items())
 
 
 def test_bf16_stays_close(lab, whole):

@@ -105,6 +105,19 @@ def test_interrupted_and_resumed_is_uninterrupted(lab, two_ranks, workshop):
     assert lab.rows(out) == lab.rows(two_ranks[0])
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the launcher by /proc")
+def test_ranks_end_when_the_launcher_dies(workshop):
+    """SIGTERM to the `deepspeed` command alone, as a job scheduler may send it."""
+    out = workshop.folder / "orphans"
+    job = workshop.config({"stages": [{"name": "warm", "length": "100000 steps", "size": 32}]})
+    status, output = launch(job, out, environment={"TINY_SIGNAL": "3", "TINY_LAUNCHER": "1"})
+    assert status == -signal.SIGTERM, output
+    assert "Traceback" not in output
+    assert "interrupted in stage 'warm' after step" in output
+    assert read_weights(checkpoints(out / "checkpoints")[-1])
+
+
 def test_ranks_agree_on_an_unreadable_image(workshop):
     """Rank 1 meets it, both end with the same status, and a checkpoint of the step before is kept."""
     change, image, row = workshop.damaged()

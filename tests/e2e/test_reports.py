@@ -5,9 +5,12 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
+import torch
 
-from agglom import cli, report
+from agglom import cli, export, plugins, report
+from agglom.data import readers
 from agglom.report import COLUMNS
 
 PROBED = ("auroc", "accuracy", "tpr", "fpr", "ece")
@@ -106,6 +109,28 @@ def test_variance_unexplained_of_each_target(lab, labelled):
             found = select(rows, metric=metric, target=f"{name}/{kind}", split="test")
             assert [(r["attribute"], r["group"]) for r in found] == [("", "all"), ("device", "A"), ("device", "B")]
             assert all(row["predictor"] == "student" and row["note"] == "teacher at 64 px" for row in found)
+
+
+def test_variance_unexplained_by_hand(lab, labelled, images):
+    """From the exported student, raw features and images alone: PHI-S is a rotation and a factor, which cancels."""
+    with (images / "manifest.csv").open() as file:
+        table = list(csv.DictReader(file))
+    pixels = torch.stack([torch.from_numpy(readers.read(images / row["image"])) for row in table])
+    split = np.array([row["split"] for row in table])
+    device = np.array([row["device"] for row in table])
+    model = export.load(labelled / "export")
+    with torch.no_grad():
+        _, predicted = model(pixels)
+    for name in ("one", "two"):
+        spec = lab.job()["teachers"][name]
+        truth = plugins.build(spec["kind"], "teachers", spec["options"]).encode(pixels).patches_BND
+        error = (predicted[name].patches_BND - truth).square().sum((1, 2))
+        baseline = (truth[split == "train"].mean(0) - truth).square().sum((1, 2))
+        for group in ("all", "A", "B"):
+            mine = (split == "test") & ((device == group) | (group == "all"))
+            (row,) = select(lab.rows(labelled), metric="fvu", target=f"{name}/patches", split="test", group=group)
+            assert row["value"] == pytest.approx(float(error[mine].sum() / baseline[mine].sum()), rel=1e-3)
+            assert row["n"] == mine.sum()
 
 
 def test_one_class_is_a_status_and_no_error(lab):

@@ -1,7 +1,8 @@
 """A teacher for tests: a random patch embedding, with nothing to download and nothing to import but torch.
 
-`TINY_SIGNAL=N` in the environment: rank 0 sends SIGTERM to its process group at the N-th batch of 32 px images, the
-size of the first stage and of no evaluation. It is no option, so a job with it and one without are the same job.
+`TINY_SIGNAL=N` in the environment: rank 0 sends SIGTERM at the N-th batch of 32 px images, the size of the first stage
+and of no evaluation; to its process group, or with `TINY_LAUNCHER=1` to the `deepspeed` command alone. These are no
+options, so a job with them and one without are the same job.
 """
 
 import hashlib
@@ -36,6 +37,11 @@ class Net(nn.Module):
         return Features(self.read(pooled), patches_BND, tuple(maps_BDhw.shape[-2:]))
 
 
+def parent(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
+
+
 def build(*, seed: int = 0, width: int = 32, weights: str = "", nan_at: int = 0, nan_above: float = 0.5) -> Teacher:
     """A frozen random encoder.
 
@@ -49,7 +55,10 @@ def build(*, seed: int = 0, width: int = 32, weights: str = "", nan_at: int = 0,
         size = pixels_BCHW.shape[-1]
         batches[0] += size == STAGE
         if size == STAGE and os.environ.get("TINY_SIGNAL") == str(batches[0]) and os.environ["RANK"] == "0":
-            os.killpg(0, signal.SIGTERM)
+            if os.environ.get("TINY_LAUNCHER"):
+                os.kill(parent(os.getppid()), signal.SIGTERM)
+            else:
+                os.killpg(0, signal.SIGTERM)
         features = net(pixels_BCHW)
         if size == nan_at:
             bright_B1 = pixels_BCHW.mean((1, 2, 3))[:, None] > nan_above

@@ -187,7 +187,7 @@ def test_plan_prints_and_writes(job, tmp_path, capsys):
     assert cli.main(["plan", "--config", str(job), "--world", "2", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     assert text == (tmp_path / "out" / "plan.md").read_text()
-    assert "global batch 4 = 2 images × 1 accumulation steps × 2 ranks" in text
+    assert "global batch 4 = 2 images × 1 accumulation step × 2 ranks" in text
     assert "20 steps" in text
 
 

@@ -123,7 +123,7 @@ def test_warnings_where_things_are_absent(job, manifest):
 def test_render(job, manifest):
     text = plan.render(plan.resolve(job, Path(), 2, manifest), job, manifest)
     assert "- images: 6 train, 2 val, 4 test (9 patients)" in text
-    assert "- global batch 4 = 1 images × 2 accumulation steps × 2 ranks; fp32, ZeRO 1" in text
+    assert "- global batch 4 = 1 image × 2 accumulation steps × 2 ranks; fp32, ZeRO 1" in text
     lines = text.replace("\\|", "·").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert ["warm", "15", "3", "64", "0.001 → 1e-05", "10.0", "erased", "0.0 MiB"] in rows

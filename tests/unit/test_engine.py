@@ -1,0 +1,57 @@
+"""The processes of a run are given back, and checkpoints are found."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from agglom import engine
+from agglom.errors import DataError
+
+KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def test_a_process_runs_one_job_after_another(monkeypatch):
+    """Also after an error; and it is left as it was found."""
+    for key in KEYS:
+        monkeypatch.delenv(key, raising=False)
+    threads = torch.get_num_threads()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), engine.launched() as world:
+            assert (world.rank, world.size, world.main) == (0, 1, True)
+            assert dist.is_initialized()
+            assert float(world.sum(torch.ones(1))) == 1
+            raise ZeroDivisionError
+        assert not dist.is_initialized()
+        assert not [key for key in KEYS if key in os.environ]
+        assert torch.get_num_threads() == threads
+
+
+def test_checkpoints_are_sorted_by_step(tmp_path):
+    assert engine.checkpoints(tmp_path / "none") == []
+    assert engine.latest(tmp_path) is None
+    for step in (10, 9, 100):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / "step-00000200").write_text("a file")
+    (tmp_path / "latest").write_text("step-00000100\n")
+    assert [path.name[-3:] for path in engine.checkpoints(tmp_path)] == ["009", "010", "100"]
+    assert engine.latest(tmp_path) == "step-00000100"
+
+
+def test_weights_that_cannot_be_read_name_their_checkpoint(tmp_path):
+    with pytest.raises(DataError, match=f"{tmp_path}: cannot read the checkpoint"):
+        engine.read_weights(tmp_path)
+
+
+def test_vectors_have_no_weight_decay():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    model[0].weight.requires_grad_(False)
+    (group,) = engine._parameter_groups(model, 0.05)
+    assert group["weight_decay"] == 0
+    assert len(group["params"]) == 3
+    model[0].weight.requires_grad_(True)
+    matrices, vectors = engine._parameter_groups(model, 0.05)
+    assert [p.ndim for p in matrices["params"]] == [2]
+    assert matrices["weight_decay"] == 0.05
+    assert len(vectors["params"]) == 3
