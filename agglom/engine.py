@@ -7,6 +7,7 @@ micro-batches and ranks, whatever DeepSpeed divides by; the learning rate is a n
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -42,10 +43,9 @@ def _import_deepspeed() -> Any:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # On the CPU DeepSpeed compiles a shared-memory all-reduce at first use: minutes, and a compiler to have. Gloo
-        # gives the same losses. The table is private to DeepSpeed, so its absence is no error.
-        ops = getattr(deepspeed.ops, "__compatible_ops__", None)
-        if isinstance(ops, dict):
-            ops["deepspeed_shm_comm"] = False
+        # gives the same losses. An empty table of what could be compiled prevents it, and the probing that runs gcc
+        # to fill it; a version that keeps no such table never looks.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
     return deepspeed
 
 
@@ -141,6 +141,13 @@ class Engine:
         if norm is None:
             return None
         return float(norm) if norm >= 0 else float("nan")  # DeepSpeed writes −1
+
+    def sound(self) -> bool:
+        """Whether the last step's gradient was finite; in ZeRO 0, whether the weights after it are."""
+        norm = self.grad_norm()
+        if norm is None:
+            return all(bool(torch.isfinite(parameter).all()) for parameter in self._engine.module.parameters())
+        return math.isfinite(norm)
 
     def weights(self) -> dict[str, Tensor]:
         """The full float32 state of the model on the CPU of every rank. A collective."""

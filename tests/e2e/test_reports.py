@@ -8,8 +8,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from agglom import cli, export, plugins, report
+from agglom import cli, export, plugins, probes, report
 from agglom.data import readers
 from agglom.report import COLUMNS
 
@@ -100,6 +101,27 @@ def test_thresholds_come_from_validation(lab, labelled):
         ].startswith("student - ")
     cuts = {row["threshold"] for row in select(rows, predictor="student", readout="linear", metric="tpr")}
     assert len(cuts) == 1
+
+
+def test_rates_are_counted_at_the_threshold(lab, labelled, images):
+    """From the stored features, by hand: a teacher's linear probe on test images of device B."""
+    with (images / "manifest.csv").open() as file:
+        table = list(csv.DictReader(file))
+    label = np.array([float(row["even"]) for row in table])
+    train, val, test = (np.array([row["split"] == name for row in table]) for name in ("train", "val", "test"))
+    summary = load_file(labelled / "features" / "one.safetensors")["summary"]
+    readout = probes.linear(summary, label, train, val)
+    mine = test & np.array([row["device"] == "B" for row in table])
+    called = readout.scores_N >= readout.threshold
+    for metric, value in (
+        ("accuracy", (called == label)[mine].mean()),
+        ("tpr", called[mine & (label == 1)].mean()),
+        ("fpr", called[mine & (label == 0)].mean()),
+    ):
+        found = select(lab.rows(labelled), predictor="teacher/one", metric=metric, split="test", readout="linear")
+        (row,) = select(found, group="B")
+        assert row["threshold"] == pytest.approx(readout.threshold)
+        assert row["value"] == pytest.approx(value)
 
 
 def test_variance_unexplained_of_each_target(lab, labelled):
