@@ -19,6 +19,7 @@ from agglom.core.types import Derived, Dims, Features, PixelSpec, Student, Teach
 from agglom.errors import PluginError
 
 ATOL = 1e-4
+ROUNDING = 1e-5  # where memory lies decides how a kernel sums; dropout or a random crop is far above it
 
 
 class Result(NamedTuple):
@@ -140,7 +141,10 @@ def _encoder_checks(
         larger = side + pixels.patch
         yield "grid follows the input size", lambda: _grid(encode(_pixels(larger)), larger, pixels.patch)
     yield "features are finite", lambda: _finite(encode(_pixels(side)))
-    yield "deterministic", lambda: _equal(encode(_pixels(side)), encode(_pixels(side)), 0.0, "equal features twice")
+    yield (
+        "deterministic",
+        lambda: _equal(encode(_pixels(side)), encode(_pixels(side)), ROUNDING, "equal features twice"),
+    )
     yield "independent of order and company in the batch", lambda: _independent(encode, side)
     yield "leaves its input as it was", lambda: _pure(encode, side)
     yield "mean and std are for pixels in [0, 1]", lambda: _constants(pixels)
