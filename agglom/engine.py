@@ -136,11 +136,9 @@ class Engine:
         self._engine.step()
 
     def grad_norm(self) -> float | None:
-        """The global norm before clipping; NaN where it is not finite, None in ZeRO 0, which does not report it."""
+        """The global norm before clipping; None in ZeRO stage 0, which does not report it."""
         norm = self._engine.get_global_grad_norm()
-        if norm is None:
-            return None
-        return float(norm) if norm >= 0 else float("nan")  # DeepSpeed writes −1
+        return None if norm is None else float(norm)
 
     def sound(self) -> bool:
         """Whether the last step's gradient was finite; in ZeRO 0, whether the weights after it are."""

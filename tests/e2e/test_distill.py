@@ -173,6 +173,17 @@ def test_a_gradient_that_is_not_finite_is_no_checkpoint(lab, capsys, monkeypatch
     assert checkpoints(lab.folder / "out" / "checkpoints") == []
 
 
+def test_a_gradient_whose_norm_overflows_is_no_checkpoint(lab, capsys, monkeypatch):
+    """In float32, as ZeRO 1 computes it."""
+    from agglom.core import losses as table
+
+    real = table.objective
+    monkeypatch.setattr(table, "objective", lambda *a: real(*a) * 1e28)
+    assert lab.distill("out", {"log.every": "1 steps", "log.checkpoint": "1 steps"}) == 5
+    assert "stage 'warm' step 1: gradient not finite" in capsys.readouterr().err
+    assert checkpoints(lab.folder / "out" / "checkpoints") == []
+
+
 def test_a_run_goes_on_after_its_cause_is_removed(lab, capsys):
     """Nothing that the failed start has stored stands in the way."""
     assert lab.distill("out", spoilt(32)) == 5
