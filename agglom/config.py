@@ -148,7 +148,11 @@ class Optim(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Section):
-    """One leg of the training. Without `teachers`, all of them."""
+    """One leg of the training. Without `teachers`, all of them.
+
+    The heads learn at `lr`, the trunk at `trunk_lr_scale` times it: below 1 a pretrained trunk keeps more of what it
+    knows while the heads, which start at random, catch up (Kumar et al. 2022, arXiv 2202.10054).
+    """
 
     name: str
     length: str
@@ -156,6 +160,7 @@ class Stage(Section):
     teachers: tuple[str, ...] = ()
     lr: Rate = 1e-3
     lr_end: Weight = 1e-5
+    trunk_lr_scale: Share = 1.0
     warmup: str = "5%"
 
 

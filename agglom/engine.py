@@ -96,10 +96,14 @@ def launched() -> Iterator[World]:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Biases, gains and position tables shrink towards nothing useful: no decay on vectors."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """Trunk and heads apart, as each has its own learning rate; no decay on vectors, as biases, gains and position
+    tables shrink towards nothing useful."""
+    groups = []
+    for trunk in (True, False):
+        mine = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith("trunk.") == trunk]
+        matrices, vectors = ([p for p in mine if (p.ndim > 1) == wide] for wide in (True, False))
+        groups.append({"params": matrices, "weight_decay": weight_decay, "trunk": trunk})
+        groups.append({"params": vectors, "weight_decay": 0.0, "trunk": trunk})
     return [group for group in groups if group["params"]]
 
 
@@ -129,10 +133,13 @@ class Engine:
         """Accumulate the gradient; `objective` is this micro-batch's share of the global sum."""
         self._engine.backward(objective * self._undo_division)
 
-    def step(self, lr: float) -> None:
-        """Apply what has been accumulated. Call once per micro-batch, DeepSpeed acts on the last one."""
+    def step(self, lr: float, trunk_lr_scale: float = 1.0) -> None:
+        """Apply what has been accumulated: the heads learn at `lr`, the trunk at that times its scale.
+
+        Call once per micro-batch, DeepSpeed acts on the last one.
+        """
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * trunk_lr_scale if group["trunk"] else lr
         self._engine.step()
 
     def grad_norm(self) -> float | None:

@@ -34,6 +34,7 @@ class ResolvedStage:
     teachers: tuple[str, ...]
     lr: float
     lr_end: float
+    trunk_lr_scale: float
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,8 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
                 f"({stage.length} = {steps} steps); shorten it"
             )
         teachers = stage.teachers or tuple(job.teachers)
-        stages.append(
-            ResolvedStage(stage.name, index, first_step, steps, warmup, stage.size, teachers, stage.lr, stage.lr_end)
-        )
+        rates = stage.lr, stage.lr_end, stage.trunk_lr_scale
+        stages.append(ResolvedStage(stage.name, index, first_step, steps, warmup, stage.size, teachers, *rates))
         first_step += steps
 
     def interval(text: str) -> int:
@@ -192,7 +192,8 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
                     stage.steps,
                     stage.warmup_steps,
                     stage.size,
-                    f"{stage.lr:g} → {stage.lr_end:g}",
+                    f"{stage.lr:g} → {stage.lr_end:g}"
+                    + (f", trunk × {stage.trunk_lr_scale:g}" if stage.trunk_lr_scale != 1 else ""),
                     f"{stage.steps * plan.global_batch / max(1, sizes['train']):.1f}",
                     ", ".join(stage.teachers),
                     f"{plan.micro * 3 * stage.size**2 * 4 / 2**20:.1f} MiB",

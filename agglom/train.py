@@ -134,7 +134,7 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
             )
             weight_BT = loop.balancer.weigh(state.balance, table, batch.group_B, generator)
             engine.backward(losses.objective(table, weight_BT))
-            engine.step(lr)
+            engine.step(lr, stage.trunk_lr_scale)
             cells = _add(cells, groups.tally(batch.group_B, table.loss_BT, table.valid_BT, len(loop.values)))
             seen.append((batch, table))
         witness = _witness(state, seen, witness)

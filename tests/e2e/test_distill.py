@@ -191,3 +191,18 @@ def test_a_run_goes_on_after_its_cause_is_removed(lab, capsys):
     lines = lab.metrics(lab.run("out"))
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+
+
+def test_a_scaled_trunk_moves_less_and_the_heads_as_far(lab):
+    """One step of Adam moves each weight by its learning rate, whatever the gradient."""
+
+    def moved(name, scale):
+        stage = {"name": "full", "length": "1 step", "size": 32, "lr": 1e-3, "warmup": "0 steps"}
+        stages = [stage | {"trunk_lr_scale": scale}]
+        out = lab.run(name, {"stages": stages, "optim.weight_decay": 0, "log.checkpoint": "1 step"})
+        return read_weights(out / "checkpoints" / "step-00000001")
+
+    whole, tenth = moved("whole", 1.0), moved("tenth", 0.1)
+    for part, expected in (("trunk.", 0.9e-3), ("heads.", 0.0)):
+        apart = [float((whole[key] - tenth[key]).detach().abs().max()) for key in whole if key.startswith(part)]
+        assert max(apart) == pytest.approx(expected, rel=0.05, abs=2e-5), part

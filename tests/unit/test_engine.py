@@ -61,6 +61,13 @@ def test_vectors_have_no_weight_decay():
     assert len(vectors["params"]) == 3
 
 
+def test_trunk_and_heads_are_groups_of_their_own():
+    model = torch.nn.ModuleDict({"trunk": torch.nn.Linear(3, 4), "heads": torch.nn.Linear(4, 5)})
+    groups = engine._parameter_groups(model, 0.05)
+    shapes = [(group["trunk"], [tuple(p.shape) for p in group["params"]]) for group in groups]
+    assert shapes == [(True, [(4, 3)]), (True, [(4,)]), (False, [(5, 4)]), (False, [(5,)])]
+
+
 def test_no_compiler_is_run(monkeypatch):
     """DeepSpeed probes what it could compile, with gcc, and compiles a shared-memory operation for the CPU."""
     for key in KEYS:
