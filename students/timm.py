@@ -6,9 +6,22 @@ own). The export is plain timm: `timm.create_model(recipe["architecture"], num_c
 
 from __future__ import annotations
 
+from torch import nn
+
 from agglom.core.tokens import TimmEncoder
 from agglom.core.types import PixelSpec, Student
 from agglom.weights import measured, timm_network
+
+
+class FixedStatistics(TimmEncoder):
+    """An encoder whose batch-norm layers normalise in training by the statistics that they were built with."""
+
+    def train(self, mode: bool = True) -> FixedStatistics:
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
 
 def build(
@@ -17,13 +30,15 @@ def build(
     pretrained: bool = False,
     size: int | None = None,
     drop_path: float = 0.0,
+    fixed_statistics: bool = False,
     checkpoint: str | None = None,
 ) -> Student:
     """A trainable timm backbone without classifier.
 
     model: a name of timm, `hf-hub:…` or `local-dir:…`; pretrained: start from its published weights; checkpoint:
     start from a local file instead; size: pin the input side in pixels (default: it follows the stage); drop_path:
-    rate of stochastic depth. Raises PluginError.
+    rate of stochastic depth; fixed_statistics: batch-norm layers keep the statistics that they start with, for
+    pretrained convolutional networks whose statistics a few images a rank would replace by noise. Raises PluginError.
     """
     extra = {"drop_path_rate": drop_path} if drop_path else {}
     net, args, patch, side = timm_network(
@@ -34,7 +49,7 @@ def build(
         # Without it timm loads an export into a table of positions of its own default size, resampled.
         args = {"img_size": list(table)} | args
     cfg = net.pretrained_cfg
-    module = TimmEncoder(net, cfg["mean"], cfg["std"])
+    module = (FixedStatistics if fixed_statistics else TimmEncoder)(net, cfg["mean"], cfg["std"])
     dims, _ = measured("students.timm", model, module.eval(), patch, side)
     return Student(
         module=module.train(),

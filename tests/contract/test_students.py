@@ -19,6 +19,7 @@ def make(**options):
         {"model": "test_vit", "size": 96, "drop_path": 0.1},
         {"model": "test_vit2"},
         {"model": "test_efficientnet"},
+        {"model": "test_efficientnet", "fixed_statistics": True},
         {"model": "test_convnext", "drop_path": 0.1},
         {"model": "mobilenetv3_small_050"},
         {"model": "test_mambaout"},
@@ -47,6 +48,14 @@ def test_starts_from_a_checkpoint(tmp_path):
     second = make(model="test_efficientnet", checkpoint=str(tmp_path / "student.pth"))
     for (name, a), b in zip(first.backbone.state_dict().items(), second.backbone.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_fixed_statistics_make_training_see_what_evaluation_sees():
+    pixels = torch.rand(4, 3, 64, 64)
+    for fixed in (False, True):
+        module = make(model="test_efficientnet", fixed_statistics=fixed).module
+        seen, judged = module.train()(pixels), module.eval()(pixels)
+        assert torch.equal(seen.summary_BD, judged.summary_BD) == fixed
 
 
 def test_builds_on_the_meta_device():
