@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +27,9 @@ def resample(patches_BND: Tensor, grid: tuple[int, int], to: tuple[int, int]) ->
 class Head(nn.Module):
     """Linear → `depth` residual blocks LN-GELU-Linear → LN-GELU-Linear, on the last axis (RADIO's MLP head).
 
-    `last` is the final Linear, into which a normaliser can be folded.
+    The final Linear, `last`, also sees the input itself, at first with weight 0: what a student holds in linear form
+    already, above all one that starts from related weights, need not pass through the MLP to be kept. A normaliser
+    can be folded into it.
     """
 
     def __init__(self, d_in: int, d_out: int, hidden: int, depth: int) -> None:
@@ -36,13 +39,14 @@ class Head(nn.Module):
             nn.Sequential(nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, hidden)) for _ in range(depth)
         )
         self.activation = nn.Sequential(nn.LayerNorm(hidden), nn.GELU())
-        self.last = nn.Linear(hidden, d_out)
+        self.last = nn.Linear(hidden + d_in, d_out)
+        nn.init.zeros_(self.last.weight[:, hidden:])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
+        z = self.first(x)
         for block in self.blocks:
-            x = x + block(x)
-        return self.last(self.activation(x))
+            z = z + block(z)
+        return self.last(torch.cat([self.activation(z), x], dim=-1))
 
 
 class Distiller(nn.Module):

@@ -29,7 +29,17 @@ def test_head_is_a_residual_mlp_and_last_emits():
     z = head.first(x)
     z = z + head.blocks[0](z)
     z = z + head.blocks[1](z)
-    torch.testing.assert_close(head(x), head.last(head.activation(z)))
+    torch.testing.assert_close(head(x), head.last(torch.cat([head.activation(z), x], -1)))
+
+
+def test_a_new_head_is_the_mlp_alone_and_may_become_linear():
+    head = Head(3, 7, hidden=8, depth=1)
+    assert not head.last.weight[:, 8:].any()
+    matrix = torch.randn(7, 3)
+    with torch.no_grad():
+        head.last.weight.copy_(torch.cat([torch.zeros(7, 8), matrix], 1))
+    x = torch.randn(2, 5, 3)
+    torch.testing.assert_close(head(x), x @ matrix.T + head.last.bias)
 
 
 def test_distiller_predicts_what_each_teacher_has():
