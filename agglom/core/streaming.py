@@ -1,0 +1,155 @@
+"""Metrics of more scores than fit in memory: counts per bin, which add up over batches and ranks.
+
+Suffixes: N rows, G groups and one row more (in a histogram: rows of group −1; in a result: all rows), C bins of the
+score, B bins of calibration.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from agglom.core.metrics import BINS
+
+# Sums of TP, FP, FN, TN whose ratio is the metric.
+_RATES = {
+    "accuracy": ((1, 0, 0, 1), (1, 1, 1, 1)),
+    "f1": ((2, 0, 0, 0), (2, 1, 1, 0)),
+    "tpr": ((1, 0, 0, 0), (1, 0, 1, 0)),
+    "fpr": ((0, 1, 0, 0), (0, 1, 0, 1)),
+    "ppv": ((1, 0, 0, 0), (1, 1, 0, 0)),
+    "npv": ((0, 0, 0, 1), (0, 0, 1, 1)),
+    "selection_rate": ((1, 1, 0, 0), (1, 1, 1, 1)),
+}
+RATES = (*_RATES, "balanced_accuracy")
+
+
+class Bounded(NamedTuple):
+    """A value for each group and, last, for all rows, with bounds that hold for certain."""
+
+    value_G: Tensor
+    lo_G: Tensor
+    hi_G: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreHistogram:
+    """Counts of scores in [0, 1] by group, label and bin; `update` and `merge` return new ones.
+
+    Bin c holds scores in [c / bins, (c + 1) / bins), the last one 1 as well. `count_G2C` int64; `square_G` Σ (p − y)²;
+    `calibration_GB3` rows, Σ p and Σ y in the ten bins of `metrics` ECE; float64. Every row lies in one group or in
+    none. An undefined value is NaN. Unlike `metrics`, a histogram cannot tell one score for all from scores of one bin.
+    """
+
+    count_G2C: Tensor
+    square_G: Tensor
+    calibration_GB3: Tensor
+
+    @staticmethod
+    def empty(groups: int, bins: int = 4096) -> ScoreHistogram:
+        """Of nothing. Raises ValueError unless `bins` is a power of two, which makes the edges exact."""
+        if bins < 2 or bins & (bins - 1):
+            raise ValueError(f"bins is {bins}; expected a power of two, such as 4096")
+        return ScoreHistogram(
+            torch.zeros(groups + 1, 2, bins, dtype=torch.int64),
+            torch.zeros(groups + 1, dtype=torch.float64),
+            torch.zeros(groups + 1, BINS, 3, dtype=torch.float64),
+        )
+
+    def update(self, y_N: Tensor, p_N: Tensor, group_N: Tensor) -> ScoreHistogram:
+        """With the rows added: labels in {0, 1}, probabilities, ids −1 … groups − 1.
+
+        Raises ValueError for shapes that differ and for values that cannot be used.
+        """
+        rows, _, bins = self.count_G2C.shape
+        for name, value_N in (("p_N", p_N), ("group_N", group_N)):
+            if y_N.ndim != 1 or value_N.shape != y_N.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value_N.shape)}, y_N {tuple(y_N.shape)}; expected (N,) for both"
+                )
+        if not len(y_N):
+            return self
+        if not bool(((p_N >= 0) & (p_N <= 1)).all()):
+            raise ValueError(f"scores must lie in [0, 1]; p_N spans {p_N.min():g} … {p_N.max():g}")
+        if not bool(((y_N == 0) | (y_N == 1)).all()):
+            raise ValueError("y_N holds values other than 0 and 1; drop the rows whose label is not known")
+        if not (int(group_N.min()) >= -1 and int(group_N.max()) < rows - 1):
+            raise ValueError(f"group_N spans {int(group_N.min())} … {int(group_N.max())}, outside −1 … {rows - 2}")
+        y_N, p_N, row_N = y_N.long(), p_N.double(), group_N.remainder(rows)
+        bin_N = (p_N * bins).long().clamp(max=bins - 1)
+        count = torch.bincount((row_N * 2 + y_N) * bins + bin_N, minlength=rows * 2 * bins)
+        square_G = torch.bincount(row_N, (p_N - y_N).square(), minlength=rows)
+        edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
+        cell_N = row_N * BINS + torch.bucketize(p_N, edges, right=True)
+        sums = [torch.bincount(cell_N, w_N, minlength=rows * BINS) for w_N in (None, p_N, y_N.double())]
+        calibration_GB3 = torch.stack(sums, dim=1).view(rows, BINS, 3)
+        return self.merge(ScoreHistogram(count.view(rows, 2, bins), square_G, calibration_GB3))
+
+    def merge(self, other: ScoreHistogram) -> ScoreHistogram:
+        """Of the rows of both. Raises ValueError for other groups or bins."""
+        if self.count_G2C.shape != other.count_G2C.shape:
+            ours, theirs = tuple(self.count_G2C.shape), tuple(other.count_G2C.shape)
+            raise ValueError(f"histograms of shapes {ours} and {theirs} do not add up")
+        return ScoreHistogram(
+            self.count_G2C + other.count_G2C,
+            self.square_G + other.square_G,
+            self.calibration_GB3 + other.calibration_GB3,
+        )
+
+    def pack(self) -> Tensor:
+        """Everything as one float64 vector, for one all-reduce (SUM); counts are exact up to 2⁵³."""
+        return torch.cat([self.count_G2C.double().flatten(), self.square_G, self.calibration_GB3.flatten()])
+
+    def unpack(self, packed: Tensor) -> ScoreHistogram:
+        """The histogram behind a vector that `pack` of one of this shape made."""
+        parts = (self.count_G2C, self.square_G, self.calibration_GB3)
+        count, square, calibration = packed.split([part.numel() for part in parts])
+        return ScoreHistogram(
+            count.round().long().view_as(self.count_G2C), square, calibration.view_as(self.calibration_GB3)
+        )
+
+    def auroc(self) -> Bounded:
+        """AUROC, pairs within a bin counted half; the bounds are reached when all of them rank rightly or wrongly."""
+        neg_GC, pos_GC = _with_overall(self.count_G2C).double().unbind(1)
+        pairs_G, within_G = pos_GC.sum(1) * neg_GC.sum(1), (pos_GC * neg_GC).sum(1)
+        lo_G = (pos_GC * (neg_GC.cumsum(1) - neg_GC)).sum(1)
+        return Bounded((lo_G + within_G / 2) / pairs_G, lo_G / pairs_G, (lo_G + within_G) / pairs_G)
+
+    def confusion(self, threshold: float) -> Tensor:
+        """Exact int64 counts (G, 4) of TP, FP, FN, TN when scores at or above `threshold` count as positive.
+
+        Raises ValueError for a threshold that is not the lower edge of a bin.
+        """
+        bins = self.count_G2C.shape[2]
+        place = threshold * bins
+        if not (0 <= place < bins and place == math.floor(place)):
+            raise ValueError(f"threshold {threshold:g} is not an edge k/{bins}, k < {bins}, of the histogram")
+        count_G2C = _with_overall(self.count_G2C)
+        below_G2, above_G2 = count_G2C[..., : int(place)].sum(2), count_G2C[..., int(place) :].sum(2)
+        return torch.stack([above_G2[:, 1], above_G2[:, 0], below_G2[:, 1], below_G2[:, 0]], dim=1)
+
+    def brier(self) -> Tensor:
+        """Mean squared error of the probability, (G,)."""
+        return _with_overall(self.square_G) / _with_overall(self.calibration_GB3).sum(1)[:, 0]
+
+    def ece(self) -> Tensor:
+        """Expected calibration error over the ten bins of `metrics`, (G,)."""
+        n_GB, p_GB, y_GB = _with_overall(self.calibration_GB3).unbind(2)
+        return (p_GB - y_GB).abs().sum(1) / n_GB.sum(1)
+
+
+def rate(metric: str, confusion_G4: Tensor) -> Tensor:
+    """A thresholded metric of `metrics` from counts of TP, FP, FN, TN, (G,); NaN where it divides by 0."""
+    if metric == "balanced_accuracy":
+        return (rate("tpr", confusion_G4) + 1 - rate("fpr", confusion_G4)) / 2
+    part, whole = (torch.tensor(sums, dtype=torch.float64) for sums in _RATES[metric])
+    return (confusion_G4.double() @ part) / (confusion_G4.double() @ whole)
+
+
+def _with_overall(sum_G: Tensor) -> Tensor:
+    """All rows in the place of those of no group."""
+    return torch.cat([sum_G[:-1], sum_G.sum(0, keepdim=True)])
