@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from agglom import config
@@ -115,9 +116,14 @@ class Engine:
         groups = _parameter_groups(model, job.optim.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=job.stages[0].lr, betas=job.optim.betas)
         self._world = world
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=config.deepspeed(job, world.size), dist_init_required=False
-        )
+        settings = config.deepspeed(job, world.size)
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            raise ConfigError("\n  ".join(["engine.deepspeed: DeepSpeed refuses", *problems])) from error
         self._undo_division = world.size * job.optim.accumulate
         self._zero = job.engine.zero
         self._dtype = torch.bfloat16 if job.engine.precision == "bf16" else torch.float32
@@ -199,7 +205,7 @@ class Engine:
         except Exception as error:  # whatever torch and DeepSpeed raise on a damaged file
             raise DataError(
                 f"{folder / tag}: cannot read the checkpoint ({type(error).__name__}: {error}); "
-                "resume from another one with --resume PATH, or start over with --resume never"
+                "resume from another one with --resume PATH, or start over in another --out"
             ) from error
         if path is None:
             raise DataError(f"{folder / tag}: no checkpoint there")

@@ -140,6 +140,7 @@ def _verify_afresh(folder: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
+        start_new_session=True,  # Ctrl-C is for the run, which is about to end
     )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

@@ -10,6 +10,7 @@ from torch import nn
 
 from agglom.core.tokens import TimmEncoder
 from agglom.core.types import PixelSpec, Student
+from agglom.errors import PluginError
 from agglom.weights import measured, timm_network
 
 
@@ -40,6 +41,8 @@ def build(
     rate of stochastic depth; fixed_statistics: batch-norm layers keep the statistics that they start with, for
     pretrained convolutional networks whose statistics a few images a rank would replace by noise. Raises PluginError.
     """
+    if not 0 <= drop_path < 1:
+        raise PluginError(f"students.timm: drop_path is {drop_path}; expected a rate in [0, 1)")
     extra = {"drop_path_rate": drop_path} if drop_path else {}
     net, args, patch, side = timm_network(
         "students.timm", model, pretrained=pretrained, checkpoint=checkpoint, size=size, **extra

@@ -38,5 +38,6 @@ def build(*, model: str, pretrained: bool = True, checkpoint: str | None = None,
         dims=dims,
         pixels=PixelSpec(mean=mean, std=std, patch=patch, size=side),
         fingerprint=weights_digest(net, f"timm/{cfg.get('architecture') or model}/{mean}/{std}/{side}"),
-        licence=cfg.get("license") or "unknown",
+        # Weights from elsewhere have not the licence of those that timm publishes under this name.
+        licence="unknown" if checkpoint else cfg.get("license") or "unknown",
     )

@@ -220,8 +220,8 @@ def stop_at(monkeypatch):
     def arrange(step, signum=signal.SIGTERM):
         done, real = [0], Engine.step
 
-        def stepping(self, lr):
-            real(self, lr)
+        def stepping(self, *rates):
+            real(self, *rates)
             done[0] += 1
             if done[0] == step:
                 signal.raise_signal(signum)
