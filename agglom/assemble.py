@@ -115,9 +115,8 @@ def _parts(job: Job, base: Path, world: World) -> tuple[Manifest, Plan, dict[str
     manifest = manifests.load(job.data, base)
     resolved = plan.resolve(job, base, world.size, manifest)
     teachers = build_teachers(job, world.device)
-    wanted = dict.fromkeys([*job.data.groups, *_trained_groups(job, teachers)])
     try:
-        spaces = {name: groups.encode(name, manifest.attributes) for name in wanted}
+        spaces = {name: groups.encode(name, manifest.attributes) for name in _trained_groups(job, teachers)}
     except ValueError as error:
         raise ConfigError(f"data.attributes: {error}") from error
     if job.balance.group and not spaces[job.balance.group].values:
@@ -161,7 +160,27 @@ def build_student(job: Job) -> Student:
     student = plugins.build(job.student.kind, "students", options)
     if not isinstance(student, Student):
         raise PluginError(f"student: build() returned {type(student).__name__}, expected a Student")
+    _try_sizes(job, student)
     return student
+
+
+@torch.no_grad()
+def _try_sizes(job: Job, student: Student) -> None:
+    """An image of every size of the job goes through the student once, before any work depends on it."""
+    wanted = {f"stages[{index}].size": stage.size for index, stage in enumerate(job.stages)}
+    wanted |= {"evaluate.size": job.evaluate.size} if job.evaluate.size else {}
+    student.module.eval()
+    for key, size in wanted.items():
+        try:
+            student.module(torch.zeros(1, student.pixels.channels, size, size))
+        except (ValueError, RuntimeError, AssertionError) as error:
+            patch = student.pixels.patch
+            near = sorted({max(1, size // patch) * patch, (size // patch + 1) * patch})
+            raise ConfigError(
+                f"{key}: the student takes no image of {size} px ({str(error).splitlines()[0]}); "
+                f"its patch is {patch} px, so try {' or '.join(map(str, near))}"
+            ) from error
+    student.module.train()
 
 
 def build_distiller(run: Run, student: Student) -> Distiller:

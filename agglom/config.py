@@ -13,10 +13,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -44,11 +44,15 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Attribute(Section):
-    """A column of the manifest on the patient or the acquisition. The report says which ones are `simulated`."""
+    """A column of the manifest on the patient or the acquisition. The report says which ones are `simulated`.
+
+    With a `separator` a cell may hold several values, "a;b", and the image is in the group of each.
+    """
 
     kind: Literal["categorical", "continuous"] = "categorical"
     column: str | None = None
     bins: tuple[float, ...] = ()
+    separator: str | None = None
     missing: tuple[str, ...] = ("", "NA", "NaN", "nan", "unknown", "Unknown", "UNKNOWN")
     simulated: bool = False
 
@@ -64,13 +68,16 @@ class Splits(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Data(Section):
-    """The manifest and how to read it. Relative paths start at the folder of the configuration file."""
+    """The manifest and how to read it. Relative paths start at the folder of the configuration file.
+
+    Without a `split` column every row is of test: enough to audit scores, but not to train.
+    """
 
     manifest: str
     root: str | None = None
     image: str = "image"
     patient: str = "patient"
-    split: str = "split"
+    split: str | None = "split"
     splits: Splits = Splits()
     labels: tuple[str, ...] = ()
     attributes: dict[str, Attribute] = field(default_factory=dict)
@@ -175,7 +182,10 @@ class Engine(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Section):
-    """The evaluation after each stage. `size` defaults to that of the last stage, so teachers are encoded once."""
+    """The evaluation after each stage. `size` defaults to that of the last stage, so teachers are encoded once.
+
+    `permutations` draw the gap that groups would show if they did not differ; 0 leaves it out.
+    """
 
     size: Positive | None = None
     batch: Positive = 32
@@ -183,6 +193,7 @@ class Evaluate(Section):
     probe_images: Positive = 20000
     fvu_images: Positive = 512
     bootstrap: Positive = 1000
+    permutations: Natural = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +222,18 @@ class Job(Section):
     evaluate: Evaluate = Evaluate()
     log: Log = Log()
     seed: Natural = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit(Section):
+    """The parts of a job that the evaluation of somebody's scores needs."""
+
+    data: Data
+    evaluate: Evaluate = Evaluate()
+    seed: Natural = 0
+
+
+Part = TypeVar("Part", Job, Audit)
 
 
 # ── Durations ──
@@ -431,6 +454,8 @@ _EXPECTED = {
 def _explain(error: Mapping[str, Any]) -> Problem:
     kind, key, got, context = error["type"], tuple(error["loc"]), error["input"], error.get("ctx", {})
     match kind:
+        case "unexpected_keyword_argument" if len(key) == 1 and key[0] in get_type_hints(Job):
+            return (), f"an audit reads {', '.join(get_type_hints(Audit))}; got {key[0]!r}"
         case "unexpected_keyword_argument":
             known = [f.name for f in dataclasses.fields(_type_at(key[:-1]))]
             remedy = _suggest(str(key[-1]), known) or f"; known keys: {', '.join(known)}"
@@ -474,12 +499,14 @@ def _blamed(error: Mapping[str, Any]) -> Key:
     return tuple(parent) if name == "kind" else (*parent, name)
 
 
-def _validate(raw: Any) -> tuple[Job | None, list[Problem]]:
+def _validate(
+    raw: Any, kind: type[Part], check: Callable[[Part], Iterator[Problem]]
+) -> tuple[Part | None, list[Problem]]:
     """The job and its problems, all of them where wrong values can be replaced by defaults to check the rest."""
-    adapter = _adapter()
+    adapter = TypeAdapter(kind)
     try:
         job = adapter.validate_json(json.dumps(raw, default=str), strict=True)
-        return job, list(_check(job))
+        return job, list(check(job))
     except ValidationError as error:
         errors = error.errors(include_url=False)
     blamed = {_blamed(item) for item in errors if item["type"] != "missing"}
@@ -491,22 +518,20 @@ def _validate(raw: Any) -> tuple[Job | None, list[Problem]]:
     except ValidationError:
         return None, shape
     # A default that stands in for a wrong value must not be blamed in its turn.
-    return job, shape + [(key, text) for key, text in _check(job) if not any(key[: len(b)] == b for b in blamed)]
-
-
-def _adapter() -> TypeAdapter[Job]:
-    return TypeAdapter(Job)
+    return job, shape + [(key, text) for key, text in check(job) if not any(key[: len(b)] == b for b in blamed)]
 
 
 # ── Sense: what no single field can know ──
 
 
-def _attributes(job: Job, name: str) -> Iterator[str]:
-    """What is wrong with an attribute's name or a crossing such as `sex*view`."""
+def _attributes(data: Data, name: str, *, one_value: bool = True) -> Iterator[str]:
+    """What is wrong with an attribute's name or a crossing such as `sex*view`; `one_value`: it must be a partition."""
     parts = name.split("*")
     for part in parts:
-        if part not in job.data.attributes:
-            yield _one_of(part, list(job.data.attributes), "attributes under data.attributes")
+        if part not in data.attributes:
+            yield _one_of(part, list(data.attributes), "attributes under data.attributes")
+        elif one_value and data.attributes[part].separator is not None:
+            yield f"{part!r} has a separator, so an image may be in several of its groups; name one without"
     if len(set(parts)) < len(parts):
         yield f"{name!r} crosses an attribute with itself"
 
@@ -534,6 +559,13 @@ def _check_data(data: Data) -> Iterator[Problem]:
             yield (*key, "bins"), f"a continuous attribute needs increasing edges, for example [50, 65]; got {got}"
         if attribute.kind == "categorical" and attribute.bins:
             yield (*key, "bins"), "only a continuous attribute has bins; remove them or set kind: continuous"
+        if attribute.separator is not None and (attribute.kind == "continuous" or not attribute.separator.strip()):
+            yield (*key, "separator"), 'only a categorical attribute has a separator, and it may not be blank; try ";"'
+    for index, name in enumerate(data.groups):
+        for message in _attributes(data, name, one_value=False):
+            yield ("data", "groups", index), message
+    for name in _repeated(data.groups):
+        yield ("data", "groups"), f"{name!r} is given twice"
     if data.value_range and data.value_range[0] >= data.value_range[1]:
         yield ("data", "value_range"), f"the first must be less than the second, got {_show(data.value_range)}"
 
@@ -574,7 +606,7 @@ def _check_teachers(job: Job) -> Iterator[Problem]:
         if derives is False and spec.source is not None:
             yield (*key, "source"), f"kind {spec.kind!r} has no source; remove this key"
         if derives and isinstance(attribute := spec.options.get("attribute"), str):
-            for message in _attributes(job, attribute):
+            for message in _attributes(job.data, attribute):
                 yield (*key, "options", "attribute"), message
 
 
@@ -628,13 +660,10 @@ def _check(job: Job) -> Iterator[Problem]:
     yield from _check_plugin(("student",), job.student.kind, "students", job.student.options)
     yield from _check_plugin(("balance",), job.balance.kind, "balancers", job.balance.options)
     yield from _check_stages(job)
-    for index, name in enumerate(job.data.groups):
-        for message in _attributes(job, name):
-            yield ("data", "groups", index), message
-    for name in _repeated(job.data.groups):
-        yield ("data", "groups"), f"{name!r} is given twice"
+    if job.data.split is None:
+        yield ("data", "split"), "is null, which is for audits only; name the column that parts train, val and test"
     if job.balance.group is not None:
-        for message in _attributes(job, job.balance.group):
+        for message in _attributes(job.data, job.balance.group):
             yield ("balance", "group"), message
     elif job.balance.kind != "uniform" and plugins.takes(job.balance.kind, "balancers", "cells"):
         known = ", ".join(job.data.attributes) or "none yet"
@@ -665,6 +694,16 @@ def _nearest(batch: int, divisor: int) -> str:
     return " and ".join(str(size) for size in (below, below + divisor) if size)
 
 
+# DeepSpeed ignores top-level keys that it does not know, and new versions add some: only a near miss is refused.
+DEEPSPEED_KEYS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "zero_optimization", "bf16", "fp16", "torch_autocast", "communication_data_type"),
+    *("activation_checkpointing", "aio", "comms_logger", "flops_profiler", "steps_per_print", "wall_clock_breakdown"),
+    *("memory_breakdown", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "data_types"),
+    *("zero_allow_untrusted_optimizer", "zero_force_ds_cpu_optimizer", "checkpoint", "compile", "dump_state"),
+)
+
+
 # ── The interface ──
 
 
@@ -687,18 +726,48 @@ def load(
         if not isinstance(settings, dict):
             raise ConfigError(f"{file}: expected a map of DeepSpeed's keys, got {_show(settings)}")
         raw = _merge(raw, {"engine": {"deepspeed": settings}})
-    lines = []
+    return _job(raw, overrides, str(path), Job, _check), path.parent
+
+
+def load_audit(path: str | Path | None, overrides: Sequence[str] = (), **data: Any) -> tuple[Audit, Path]:
+    """What an audit needs of the YAML file `path`, and that file's folder (without a file, the current one).
+
+    The file may be a whole job, of which only `data`, `evaluate` and `seed` are read. The keys `data` of the section of
+    that name replace those of the file, and `overrides` replace both. Raises as `load`.
+    """
+    raw = {} if path is None else _read(Path(path))
+    keys, known = {f.name for f in dataclasses.fields(Audit)}, [f.name for f in dataclasses.fields(Job)]
+    lines = [f"top level: unknown key {key!r}{_suggest(key, known)}" for key in raw if key not in known]
+    if lines:
+        raise ConfigError("\n  ".join([f"{path}: {_count(lines)}", *lines]))
+    raw = _merge({key: value for key, value in raw.items() if key in keys}, {"data": data})
+    where = "the schema from the column names" if path is None else str(path)
+    folder = Path.cwd() if path is None else Path(path).parent
+    return _job(raw, overrides, where, Audit, lambda audit: _check_data(audit.data)), folder
+
+
+def _job(
+    raw: dict[str, Any],
+    overrides: Sequence[str],
+    where: str,
+    kind: type[Part],
+    check: Callable[[Part], Iterator[Problem]],
+) -> Part:
+    lines: list[str] = []
     for text in overrides:
         try:
             _override(raw, text)
         except ConfigError as error:
             lines.append(str(error))
-    job, problems = _validate(raw)
+    job, problems = _validate(raw, kind, check)
     lines += [f"{_path(key)}: {message}" for key, message in problems]
     if lines or job is None:
-        count = f"{len(lines)} problem{'s' * (len(lines) != 1)}"
-        raise ConfigError("\n  ".join([f"{path}: {count}", *dict.fromkeys(lines)]))
-    return job, path.parent
+        raise ConfigError("\n  ".join([f"{where}: {_count(lines)}", *dict.fromkeys(lines)]))
+    return job
+
+
+def _count(lines: Sequence[str]) -> str:
+    return f"{len(lines)} problem{'s' * (len(lines) != 1)}"
 
 
 def options(overrides: Sequence[str]) -> dict[str, Any]:
@@ -755,6 +824,8 @@ def deepspeed(job: Job, world: int) -> dict[str, Any]:
     lines, settings = [], {}
     for key, value in _leaves(job.engine.deepspeed):
         name = _path(("engine", "deepspeed", *key))
+        if key[0] not in DEEPSPEED_KEYS and difflib.get_close_matches(key[0], DEEPSPEED_KEYS, cutoff=0.85):
+            raise ConfigError(f"{name}: unknown key{_suggest(key[0], DEEPSPEED_KEYS)}")
         if key in owned and value != "auto" and value != owned[key][0]:
             lines.append(f"{name}: {_show(value)} contradicts {_show(owned[key][0])}, set by {owned[key][1]}")
         elif key not in owned and key[0] in ("optimizer", "scheduler") and value != "auto":
@@ -784,7 +855,7 @@ def _leaves(tree: Mapping[str, Any], key: tuple[str, ...] = ()) -> Iterator[tupl
 
 def schema() -> str:
     """The JSON schema of a configuration file, for editors. A file that others extend may leave keys out."""
-    tree = _adapter().json_schema()
+    tree = TypeAdapter(Job).json_schema()
     tree.pop("required")
     tree["properties"]["extends"] = {"type": "string", "description": "A file, relative to this one, to start from."}
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"} | tree, indent=2) + "\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,37 +13,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agglom import plan, probes, report
+from agglom import audit, probes, report, scores
 from agglom.assemble import Run, assemble, batches, build_distiller, build_student, check_identity, gathered
 from agglom.config import Job
 from agglom.core import losses, metrics
 from agglom.core.heads import Distiller, resample
-from agglom.core.metrics import Estimate
 from agglom.core.types import Features, Student
 from agglom.engine import latest, launched, read_weights
 from agglom.errors import DataError
+from agglom.findings import Row
 from agglom.probes import Readout
 from agglom.report import GroupReport
 from agglom.runtime import StopRequest
+from agglom.scores import Scores
 from agglom.survey import Pool, Survey, chosen_rows, survey
 from agglom.targets import Normaliser, input_size
 
 TEACHERS_STAGE = "teachers"
-THRESHOLDED = frozenset({"accuracy", "tpr", "fpr"})
 
 
 @dataclass(frozen=True)
-class View:
-    """One attribute (or everybody) as groups over the evaluated rows."""
+class Evaluation:
+    """The report of a stage, and the scores that it speaks of."""
 
-    attribute: str
-    values: tuple[str, ...]
-    group_N: Tensor
+    report: GroupReport
+    scores: Scores
 
 
 def evaluate(
     run: Run, surveyed: Survey | None, normalisers: dict[str, Normaliser], stage: str, student: nn.Module | None
-) -> GroupReport | None:
+) -> Evaluation | None:
     """The report of one stage on rank 0; every rank takes part in encoding with the student.
 
     `student` is the distiller in plain PyTorch, the same on all ranks, or None before the first stage.
@@ -70,13 +68,16 @@ def main(job: Job, base: Path, out: Path) -> None:
             world.attempt(partial(publish, run, found))
 
 
-def publish(run: Run, found: GroupReport | None) -> None:
-    """Write a report and say where it is."""
+def publish(run: Run, found: Evaluation | None) -> None:
+    """Write a report and its scores, and say where it is."""
     if found is None:
         return
-    for path in report.write(found, run.out / "reports"):
+    folder, stage = run.out / "reports", found.report.stage
+    if found.scores.labels:
+        scores.write(folder / f"{stage}.scores.parquet", found.scores, run.manifest)
+    for path in report.write(found.report, folder):
         if path.suffix == ".html":
-            print(f"{found.stage} evaluated: {path}", flush=True)
+            print(f"{stage} evaluated: {path}", flush=True)
 
 
 def last_student(run: Run) -> tuple[int, Student, Distiller]:
@@ -154,87 +155,37 @@ def _cat(parts: Iterable[Tensor | None]) -> Tensor | None:
 
 def _report(
     run: Run, surveyed: Survey, normalisers: dict[str, Normaliser], stage: str, student: StudentPool | None
-) -> GroupReport:
-    rows: list[dict[str, Any]] = []
+) -> Evaluation:
+    rows: list[Row] = []
     notes: list[str] = []
     summaries = {f"teacher/{name}": pool.summary_ND for name, pool in surveyed.pools.items()}
     if student is not None:
         summaries = {"student": student.summary_ND} | summaries
         rows += _fvu_rows(run, surveyed, normalisers, student)
-    for label in run.manifest.labels:
-        rows += _label_rows(run, surveyed, label, summaries, notes)
-    for name, summary in summaries.items():
-        if summary is None:
-            notes.append(f"{name} has no summary, so no probe reads it.")
+    data, settings = run.job.data, audit.Settings.of(run.job.data, run.job.evaluate, run.job.seed)
+    found = _scores(run, surveyed, summaries, notes)
+    rows += audit.rows(found, run.manifest, data.groups, settings, notes)
+    notes += [f"{name} has no summary, so no probe reads it." for name, one in summaries.items() if one is None]
     names = [s.name for s in run.plan.stages]
-    context = {
+    context = audit.context(run.manifest, data, run.job.seed, notes) | {
         "name": run.out.name,
         "index": names.index(stage) + 1 if stage in names else 0,
-        "split": plan.headline_split(run.job, run.manifest),
-        "groups": [
-            {
-                "attribute": s.attribute,
-                "group": s.group,
-                "split": s.split,
-                "n_images": s.images,
-                "n_patients": s.patients,
-            }
-            for s in plan.support(run.manifest, run.job.data.groups)
-        ],
-        "simulated": [name for name, attribute in run.job.data.attributes.items() if attribute.simulated],
-        "labels": list(run.manifest.labels),
         "teachers": {n: {"fingerprint": t.fingerprint, "licence": t.licence} for n, t in run.teachers.items()},
         "balance": {"kind": run.job.balance.kind, "group": run.job.balance.group},
         "image_size": run.plan.evaluate_size,
-        "min_support": run.job.data.min_support,
-        "manifest": run.manifest.path.name,
-        "seed": run.job.seed,
-        "notes": list(dict.fromkeys(notes)),
         "history": _history(run.out / "reports", [TEACHERS_STAGE, *names], stage),
     }
-    return GroupReport(stage, [{"stage": stage, **row} for row in rows], context)
+    return Evaluation(GroupReport(stage, [{"stage": stage, **row} for row in rows], context), found)
 
 
 def _history(folder: Path, names: list[str], stage: str) -> list[Any]:
+    """The rows of the student in the reports of the stages before: those of the teachers are the same in all."""
     earlier = names[: names.index(stage)] if stage in names else []
-    found = [folder / f"{name}.json" for name in earlier]
-    return [[path.stem, report.load(path).rows] for path in found if path.is_file()]
+    found = [report.load(path) for path in (folder / f"{name}.json" for name in earlier) if path.is_file()]
+    return [[one.stage, [row for row in one.rows if row["predictor"] == "student"]] for one in found]
 
 
-def _views(run: Run, rows_N: np.ndarray) -> list[View]:
-    everybody = View("", ("all",), torch.zeros(len(rows_N), dtype=torch.int64))
-    index = torch.as_tensor(rows_N)
-    return [everybody, *(View(n, run.spaces[n].values, run.spaces[n].index_N[index]) for n in run.job.data.groups)]
-
-
-def _row(predictor: str, metric: str, view: View, group: str, split: str, estimate: Estimate, **more: Any) -> dict:
-    e = estimate
-    return {
-        "predictor": predictor,
-        "metric": metric,
-        "label": more.pop("label", ""),
-        "attribute": view.attribute,
-        "group": group,
-        "value": e.value,
-        "lo": e.lo,
-        "hi": e.hi,
-        "n": e.n,
-        "n_pos": e.n_pos,
-        "n_neg": e.n_neg,
-        "status": e.status,
-        "split": split,
-        "readout": more.pop("readout", "none"),
-        "target": more.pop("target", ""),
-        "threshold": more.pop("threshold", None),
-        "n_patients": e.n_patients,
-        "ci_method": e.method,
-        "note": more.pop("note", ""),
-    }
-
-
-def _fvu_rows(
-    run: Run, surveyed: Survey, normalisers: dict[str, Normaliser], student: StudentPool
-) -> Iterator[dict[str, Any]]:
+def _fvu_rows(run: Run, surveyed: Survey, normalisers: dict[str, Normaliser], student: StudentPool) -> Iterator[Row]:
     """Variance unexplained on held-out images: squared error over that of the train mean per patch position."""
     rows_M, size = surveyed.held_M, run.plan.evaluate_size
     held_N, train_N = (torch.as_tensor(np.isin(surveyed.rows_N, r)) for r in (rows_M, run.manifest.rows("train")))
@@ -277,107 +228,79 @@ def _patch_errors(pool: Pool, predicted: Pool, normaliser: Normaliser) -> tuple[
 
 def _ratio_rows(
     run: Run, rows_M: np.ndarray, error_M: Tensor, baseline_M: Tensor, metric: str, target: str, note: str
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     patient_M = torch.as_tensor(run.manifest.patient_N[rows_M])
     for split in ("val", "test"):
         in_split = torch.as_tensor(np.isin(rows_M, run.manifest.rows(split)))
         if not in_split.any():
             continue
-        for view in _views(run, rows_M):
-            for index, group in enumerate(view.values):
-                mine = in_split & (view.group_N == index)
+        for view in map(run.manifest.view, ("", *run.job.data.groups)):
+            for group, members in view.members.items():
+                mine = in_split & torch.as_tensor(np.isin(rows_M, members))
                 estimate = metrics.fvu(error_M[mine], baseline_M[mine], patient_M[mine])
-                yield _row("student", metric, view, group, split, estimate, target=target, note=note)
+                yield audit.row("student", metric, (view.attribute, group), split, estimate, target=target, note=note)
 
 
-def _label_rows(
-    run: Run, surveyed: Survey, label: str, summaries: dict[str, Tensor | None], notes: list[str]
-) -> Iterator[dict[str, Any]]:
+def _scores(run: Run, surveyed: Survey, summaries: dict[str, Tensor | None], notes: list[str]) -> Scores:
+    """Every probe's scores of val and test. A label of which train images have one class is left out, with a note."""
     rows_N = surveyed.rows_N
-    column = run.manifest.labels.index(label)
-    label_N = run.manifest.label_NL[rows_N, column].astype(np.float64)
-    known_N = ~np.isnan(label_N)
-    split_N, patient_N = run.manifest.split_N[rows_N], run.manifest.patient_N[rows_N]
-    train_N, val_N = known_N & (split_N == "train"), known_N & (split_N == "val")
-    for kind in ("linear", "knn"):
-        readouts: dict[str, Readout] = {}
-        for name, summary_ND in summaries.items():
-            if summary_ND is None:
-                continue
-            key = (label, kind, name)
-            if name == "student" or key not in surveyed.readouts:
-                if kind == "linear":
-                    surveyed.readouts[key] = probes.linear(summary_ND, label_N, train_N, val_N)
-                else:
-                    neighbours = run.job.evaluate.knn
-                    surveyed.readouts[key] = probes.nearest(summary_ND, label_N, patient_N, train_N, val_N, neighbours)
-            readout = surveyed.readouts[key]
-            if readout is None:
-                notes.append(f"{label}: all train images have one class, so no probe can be fitted.")
-                continue
-            readouts[name] = readout
-            if readout.note:
-                notes.append(f"{label}, {kind} probe of {name}: {readout.note}.")
-        teachers = [readout for name, readout in readouts.items() if name != "student"]
-        if teachers:
-            readouts["ensemble"] = probes.mean_of(teachers, label_N, val_N)
-        for split in ("val", "test"):
-            scored_N = known_N & (split_N == split)
-            if scored_N.any():
-                yield from _readout_rows(run, rows_N, label, kind, split, scored_N, label_N, readouts)
+    held_N = np.isin(run.manifest.split_N[rows_N], ("val", "test"))
+    names = [name for name, summary in summaries.items() if summary is not None]
+    kinds = ("linear", "knn")
+    predictors = [*names, "ensemble"] if any(name != "student" for name in names) else names
+    labels, columns = [], []
+    for label in run.manifest.labels if names else ():
+        label_N = run.manifest.label_NL[rows_N, run.manifest.labels.index(label)].astype(np.float64)
+        column: list[np.ndarray] = []
+        for kind in kinds:
+            readouts = _readouts(run, surveyed, label, kind, label_N, summaries, notes)
+            column += [readouts[name].scores_N for name in predictors if name in readouts]
+        if column:
+            labels.append(label)
+            columns.append(np.where(np.isnan(label_N), np.nan, column)[:, held_N])
+    series = [(name, kind) for kind in kinds for name in predictors] if labels else []
+    score_PNL = np.stack(columns, 2) if columns else np.empty((0, int(held_N.sum()), 0))
+    return Scores(
+        tuple(name for name, _ in series),
+        tuple(kind for _, kind in series),
+        tuple(labels),
+        rows_N[held_N],
+        score_PNL,
+    )
 
 
-def _readout_rows(
+def _readouts(
     run: Run,
-    rows_N: np.ndarray,
+    surveyed: Survey,
     label: str,
     kind: str,
-    split: str,
-    scored_N: np.ndarray,
     label_N: np.ndarray,
-    readouts: dict[str, Readout],
-) -> Iterator[dict[str, Any]]:
-    y = torch.as_tensor(label_N[scored_N])
-    patient = torch.as_tensor(run.manifest.patient_N[rows_N[scored_N]])
-    scores = {name: torch.as_tensor(readout.scores_N[scored_N]) for name, readout in readouts.items()}
-    settings: dict[str, Any] = {
-        "min_patients": run.job.data.min_support,
-        "replicates": run.job.evaluate.bootstrap,
-        "seed": run.job.seed,
-    }
-    for view in _views(run, rows_N[scored_N]):
-        for metric in metrics.METRICS:
-            for name, readout in readouts.items():
-                cut = readout.threshold if metric in THRESHOLDED else math.nan
-                common = {"label": label, "readout": kind, "threshold": None if math.isnan(cut) else cut}
-                arguments: tuple[Any, ...] = (metric, y, scores[name], patient, view.group_N, len(view.values))
-                estimates = metrics.evaluate_groups(*arguments, threshold=cut, **settings)
-                for group, estimate in zip(view.values, estimates, strict=True):
-                    yield _row(name, metric, view, group, split, estimate, **common)
-                if len(view.values) > 1:
-                    level = metrics.simultaneous(0.95, len(view.values))
-                    wide = metrics.evaluate_groups(*arguments, threshold=cut, level=level, **settings)
-                    for summary, across in (("gap", metrics.gap(wide)), ("worst", metrics.worst(metric, wide))):
-                        note = " − ".join(view.values[index] for index in across.groups)
-                        row = _row(name, f"{metric}_{summary}", view, "all", split, across.estimate, **common)
-                        yield row | {"note": note}
-            if "student" not in readouts:
-                continue
-            student = readouts["student"]
-            for name, readout in readouts.items():
-                if not name.startswith("teacher/"):
-                    continue
-                cuts = (student.threshold, readout.threshold) if metric in THRESHOLDED else (math.nan, math.nan)
-                for index, group in enumerate(view.values):
-                    mine = view.group_N == index
-                    estimate = metrics.paired(
-                        metric,
-                        y[mine],
-                        scores["student"][mine],
-                        scores[name][mine],
-                        patient[mine],
-                        threshold_a=cuts[0],
-                        threshold_b=cuts[1],
-                        **settings,
-                    )
-                    yield _row(f"student - {name}", metric, view, group, split, estimate, label=label, readout=kind)
+    summaries: dict[str, Tensor | None],
+    notes: list[str],
+) -> dict[str, Readout]:
+    """The probes of one kind by predictor, and the ensemble of the teachers; none where no probe can be fitted."""
+    rows_N, known_N = surveyed.rows_N, ~np.isnan(label_N)
+    split_N, patient_N = run.manifest.split_N[rows_N], run.manifest.patient_N[rows_N]
+    train_N, val_N = known_N & (split_N == "train"), known_N & (split_N == "val")
+    readouts: dict[str, Readout] = {}
+    for name, summary_ND in summaries.items():
+        if summary_ND is None:
+            continue
+        key = (label, kind, name)
+        if name == "student" or key not in surveyed.readouts:
+            if kind == "linear":
+                surveyed.readouts[key] = probes.linear(summary_ND, label_N, train_N, val_N)
+            else:
+                neighbours = run.job.evaluate.knn
+                surveyed.readouts[key] = probes.nearest(summary_ND, label_N, patient_N, train_N, val_N, neighbours)
+        readout = surveyed.readouts[key]
+        if readout is None:
+            notes.append(f"{label}: all train images have one class, so no probe can be fitted.")
+            continue
+        readouts[name] = readout
+        if readout.note:
+            notes.append(f"{label}, {kind} probe of {name}: {readout.note}.")
+    teachers = [readout for name, readout in readouts.items() if name != "student"]
+    if teachers:
+        readouts["ensemble"] = Readout(np.mean([readout.scores_N for readout in teachers], axis=0))
+    return readouts

@@ -58,7 +58,11 @@ class Reading:
 
     @cached_property
     def places(self) -> list[Place]:
-        found = unique(place for variant, _, place in self.cells if not variant[0].endswith(("_gap", "_worst")))
+        found = unique(
+            place
+            for variant, _, place in self.cells
+            if not (place[0] and place[1] == "all") and variant[0] != "auroc_curve"
+        )
         return sorted(found, key=lambda place: place != OVERALL)
 
     @cached_property
@@ -68,7 +72,8 @@ class Reading:
     @cached_property
     def teachers(self) -> list[str]:
         predictors = unique(predictor for _, (_, predictor), _ in self.cells)
-        return [name.removeprefix("teacher/") for name in predictors if name.startswith("teacher/")]
+        mine = [name for name in predictors if name.startswith("teacher/") and " - " not in name]
+        return [name.removeprefix("teacher/") for name in mine]
 
     @cached_property
     def has_student(self) -> bool:
@@ -77,12 +82,21 @@ class Reading:
     def row(self, variant: Variant, subject: str, predictor: str, place: Place) -> Row | None:
         return self.cells.get((variant, (subject, predictor), place))
 
+    @cached_property
+    def others(self) -> list[str]:
+        """Predictors that are no part of a distillation: somebody's systems."""
+        predictors = unique(predictor for _, (_, predictor), _ in self.cells)
+        known = {"student", "ensemble", *(f"teacher/{name}" for name in self.teachers)}
+        return [name for name in predictors if name not in known and " - " not in name]
+
     def models(self, label: str) -> list[Series]:
         teachers = [Series(name, i, label, f"teacher/{name}") for i, name in enumerate(self.teachers, 1)]
-        return [Series("student", 0, label, "student"), *teachers, Series("ensemble", -1, label, "ensemble")]
+        others = [Series(name, i, label, name) for i, name in enumerate(self.others, 1 + len(teachers))]
+        return [Series("student", 0, label, "student"), *teachers, *others, Series("ensemble", -1, label, "ensemble")]
 
     def pairs(self, label: str) -> list[Series]:
-        return [Series(name, i, label, f"student - teacher/{name}") for i, name in enumerate(self.teachers, 1)]
+        names = unique(predictor for _, (_, predictor), _ in self.cells if " - " in predictor)
+        return [Series(name.removeprefix("student - teacher/"), i, label, name) for i, name in enumerate(names, 1)]
 
     def targets(self) -> list[tuple[Series, Variant]]:
         keys = unique((key, variant) for variant, key, _ in self.cells if variant[0].startswith("fvu"))
@@ -109,13 +123,17 @@ def read(rows: Iterable[Row], context: Mapping[str, Any]) -> Reading:
     splits = {row["split"] for row in rows}
     split = context.get("split") or ("test" if "test" in splits else "val")
     support = context.get("min_support") or 0
+    # The words and figures speak of one readout; scores that somebody gave stand where a probe's would.
+    readouts = {row["readout"] for row in rows if row["metric"] == "auroc"}
+    given = not readouts & {"linear", "knn"}
     cells = {}
     for row in rows:
-        if row["split"] == split:
+        if row["split"] == split and row["rule"] != "group":
             few = row["n_patients"] is not None and row["n_patients"] < support
             why = STATUSES[row["status"]] or ("too few patients" if few else "")
             subject = row["target"] if row["metric"].startswith("fvu") else row["label"]
-            key = ((row["metric"], row["readout"]), (subject or "", row["predictor"]))
+            readout = "linear" if given and row["readout"] == "scores" else row["readout"]
+            key = ((row["metric"], readout), (subject or "", row["predictor"]))
             place = (row["attribute"] or "", row["group"] or "not annotated")
             cells[*key, place] = row | {"weak": bool(why), "why": why}
     return Reading(split, cells, tuple(context.get("simulated", ())))
@@ -189,7 +207,10 @@ _CONCLUSIONS = {
 def label_finding(reading: Reading, label: str) -> tuple[str, str]:
     """One sentence or two to lead with, and the figures behind them."""
     best = reading.best_teacher(label, OVERALL)
-    subject, who = ("student", "the student") if reading.has_student else (f"teacher/{best}", f"the teacher {best}")
+    if reading.has_student or best is not None or not reading.others:
+        subject, who = ("student", "the student") if reading.has_student else (f"teacher/{best}", f"the teacher {best}")
+    else:
+        subject, who = reading.others[0], reading.others[0]
     rows = {place: reading.row(AUROC, label, subject, place) for place in reading.places}
     judged = {place: row for place, row in rows.items() if row and not row["weak"] and row["value"] is not None}
     groups = [place for place in judged if place != OVERALL]

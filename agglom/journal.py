@@ -29,7 +29,7 @@ class Journal:
         path = out / "metrics.jsonl"
         self._path = path
         with disk(path):
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
+            kept = [line for line in _lines(path) if _step(path, line) <= resumed_step]
             if path.is_file() and not kept:
                 path.unlink()
             elif kept:
@@ -56,7 +56,8 @@ class Journal:
         if self._board is None:
             return
         for row in rows:
-            if row["split"] == split and row["value"] is not None and math.isfinite(row["value"]):
+            told = row["split"] == split and row["rule"] != "group" and row["metric"] != "auroc_curve"
+            if told and row["value"] is not None and math.isfinite(row["value"]):
                 place = [
                     row["metric"],
                     row["label"] or row["target"],
@@ -109,6 +110,15 @@ def _lines(path: Path) -> list[str]:
     with path.open() as file:
         # A line without its end was being written when the process died.
         return [line for line in file if line.endswith("\n")]
+
+
+def _step(path: Path, line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: a line is damaged: {line.strip()[:60]!r}; remove it, then go on with --resume auto"
+        ) from error
 
 
 def duration(seconds: float) -> str:

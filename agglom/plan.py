@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from agglom import config
 from agglom.config import Job
@@ -103,34 +103,21 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
 
 
 def support(manifest: Manifest, names: Sequence[str]) -> list[Support]:
-    """Counts per split of every group of the attributes and crossings in `names`, in the order of `groups.encode`."""
+    """Counts per split of every group of the attributes and crossings in `names`, in the order of `Manifest.view`."""
     found = []
-    patient_N = manifest.patient_N.tolist()
-    rows = {split: manifest.rows(split).tolist() for split in SPLITS}
     for name in names:
-        columns = [manifest.attributes[part] for part in name.split("*")]
-        values = [sorted({value for value in column if value is not None}) for column in columns]
-        groups = ["|".join(cell) for cell in itertools.product(*values)]
+        view = manifest.view(name)
         for split in SPLITS:
-            images: dict[str | None, int] = defaultdict(int)
-            patients: dict[str | None, set[int]] = defaultdict(set)
-            for row in rows[split]:
-                parts = [column[row] for column in columns]
-                group = None if None in parts else "|".join(map(str, parts))
-                images[group] += 1
-                patients[group].add(patient_N[row])
-            found += [Support(name, group, split, images[group], len(patients[group])) for group in (*groups, None)]
+            for group, rows in (*view.members.items(), (None, view.unknown)):
+                mine = rows[manifest.split_N[rows] == split]
+                patients = len(np.unique(manifest.patient_N[mine]))
+                found.append(Support(name, group, split, len(mine), patients))
     return found
 
 
 def count(n: int, noun: str) -> str:
     """A number with its noun: 1 rank, 2 ranks."""
     return f"{n} {noun}{'s' * (n != 1)}"
-
-
-def headline_split(job: Job, manifest: Manifest) -> str:
-    """The split that the report speaks of: test, or val where there is none."""
-    return "test" if job.data.splits.test is not None and len(manifest.rows("test")) else "val"
 
 
 def _names(job: Job) -> list[str]:
@@ -145,7 +132,7 @@ def _warnings(job: Job, manifest: Manifest) -> Iterator[str]:
             f"the normaliser is fitted on {fitted} images; below {NORMALISER_IMAGES} it fits the noise of small "
             "directions, too (loss.fit_images, or more train images)"
         )
-    split = headline_split(job, manifest)
+    split = manifest.headline
     if split == "val":
         yield "there are no test rows: the report is on val, whose patients also set thresholds and regularisation"
     if not job.data.labels:
@@ -210,7 +197,7 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
     ]
     if names := _names(job):
         counts = {(c.attribute, c.group, c.split): c for c in support(manifest, names)}
-        split = headline_split(job, manifest)
+        split = manifest.headline
         rows = []
         for attribute, group in dict.fromkeys((attribute, group) for attribute, group, _ in counts):
             cells = [counts[attribute, group, name] for name in SPLITS]

@@ -1,6 +1,6 @@
 """Readouts of frozen features: what a linear probe and the nearest neighbours make of them.
 
-Fitted on train patients; regularisation, calibration and thresholds come from validation patients; test is only scored.
+Fitted on train patients; regularisation and calibration come from validation patients; test is only scored.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ CLIP = 1e-3
 
 @dataclass(frozen=True)
 class Readout:
-    """Calibrated probabilities of all rows, the threshold chosen on validation, and how both came about."""
+    """Calibrated probabilities of all rows, and how they came about."""
 
     scores_N: np.ndarray
-    threshold: float
     note: str = ""
 
 
@@ -78,12 +77,12 @@ def nearest(
 
 
 def calibrated(scores_N: np.ndarray, label_N: np.ndarray, val_N: np.ndarray) -> Readout:
-    """Platt scaling (Platt 1999) and Youden's threshold (1950), both on validation; ranks are kept."""
+    """Platt scaling (Platt 1999) on validation; ranks are kept."""
     from sklearn.linear_model import LogisticRegression
 
     truth = label_N[val_N]
     if len(np.unique(truth)) < 2:
-        return Readout(scores_N, 0.5, "validation holds one class: not calibrated, threshold .5")
+        return Readout(scores_N, "validation holds one class: not calibrated")
     logit_N = _logit(scores_N)
     platt = LogisticRegression(C=1e6).fit(logit_N[val_N, None], truth)
     slope, note = float(platt.coef_[0, 0]), ""
@@ -91,26 +90,17 @@ def calibrated(scores_N: np.ndarray, label_N: np.ndarray, val_N: np.ndarray) -> 
         scores_N = 1 / (1 + np.exp(-(slope * logit_N + float(platt.intercept_[0]))))
     else:
         note = "validation ranks no better than chance: not calibrated"
-    return Readout(scores_N, youden(scores_N[val_N], truth), note)
+    return Readout(scores_N, note)
 
 
 def youden(scores_N: np.ndarray, truth_N: np.ndarray) -> float:
-    """The threshold with the largest TPR − FPR: midway between the two scores that it separates."""
+    """The threshold with the largest TPR − FPR (Youden 1950): midway between the two scores that it separates."""
     order = np.argsort(-scores_N, kind="stable")
     scores, truth = scores_N[order], truth_N[order]
     last = np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1)
     rate = np.cumsum(truth)[last] / truth.sum() - np.cumsum(1 - truth)[last] / (1 - truth).sum()
     cut = last[int(np.argmax(rate))]
     return float(scores[cut] if cut + 1 == len(scores) else (scores[cut] + scores[cut + 1]) / 2)
-
-
-def mean_of(readouts: list[Readout], label_N: np.ndarray, val_N: np.ndarray) -> Readout:
-    """The ensemble: the mean of calibrated probabilities, with its own threshold."""
-    scores_N = np.mean([readout.scores_N for readout in readouts], axis=0)
-    truth = label_N[val_N]
-    if len(np.unique(truth)) < 2:
-        return Readout(scores_N, 0.5, "validation holds one class: threshold .5")
-    return Readout(scores_N, youden(scores_N[val_N], truth))
 
 
 def _logit(p_N: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from agglom import findings
 from agglom.errors import DataError
-from agglom.findings import AUROC, OVERALL, STATUSES, Place, Reading, Row, Series, Variant, unique
+from agglom.findings import AUROC, STATUSES, Place, Reading, Row, Series, Variant, unique
 
 if TYPE_CHECKING:
     import jinja2
@@ -28,6 +28,11 @@ SCHEMA = 1
 COLUMNS = (
     *("stage", "predictor", "metric", "label", "attribute", "group", "value", "lo", "hi", "n", "n_pos", "n_neg"),
     *("status", "split", "readout", "target", "threshold", "n_patients", "ci_method", "note"),
+    *("rule", "p_value", "p_holm", "null_hi", "corrected", "detectable", "unknown_lo", "unknown_hi"),
+)
+NUMBERS = (
+    *("value", "lo", "hi", "n", "n_pos", "n_neg", "threshold", "n_patients"),
+    *("p_value", "p_holm", "null_hi", "corrected", "detectable", "unknown_lo", "unknown_hi"),
 )
 WIDTH = 100
 REMEDY = "`agglom evaluate` writes it again"
@@ -115,36 +120,6 @@ def headline(report: GroupReport) -> str:
     return "\n".join(lines)
 
 
-def compare(out: Path) -> str:
-    """The paired differences (student − each teacher, AUROC, linear readout) of the last stage's report in `out`.
-
-    The smallest lower bound of a group is the lowest end of its 95 % intervals over the teachers. Raises DataError
-    when there is no report, a broken one, or none with a student.
-    """
-    folder = out / "reports"
-    reports = {path: load(path) for path in sorted(folder.glob("*.json"))}
-    for path, one in reports.items():
-        if type(one.context.get("index")) is not int:
-            raise DataError(f"{path}: context.index must be an integer, the order of the stages; {REMEDY}")
-    if not reports:
-        raise DataError(f"{folder}: holds no report; run `agglom distill` or `agglom evaluate` first")
-    report = max(reports.values(), key=lambda one: one.context["index"])
-    reading = report.reading
-    if not reading.has_student:
-        raise DataError(
-            f"{folder}: no stage with a student is evaluated yet; go on with `agglom distill --resume auto`"
-        )
-    if not reading.labels:
-        return f"No labels, hence no paired difference. What the student leaves unexplained:\n\n{headline(report)}"
-    lines = [f"stage {report.stage}, {reading.split} split: AUROC of the student minus each teacher, linear readout"]
-    for label in reading.labels:
-        table: list[tuple[str, ...]] = [("group", "patients", "minus", "difference", "95 % interval", "the student is")]
-        for place in reading.places:
-            table += _paired(place, label, reading)
-        lines += ["", label, *_aligned(table)]
-    return "\n".join([*lines, "", "Where an interval contains 0, these patients cannot tell."])
-
-
 # ── Values and checks ──
 
 
@@ -180,7 +155,7 @@ def _problems(raw: Any) -> list[str]:
         found += [f"rows[{number}]: {key!r} is missing" for key in COLUMNS if key not in row]
         found += [
             f"rows[{number}].{key}: expected a number or null, got {row[key]!r}"
-            for key in ("value", "lo", "hi", "n", "n_pos", "n_neg", "threshold", "n_patients")
+            for key in NUMBERS
             if type(row.get(key)) not in (int, float, type(None))
         ]
         if row.get("status") not in STATUSES:
@@ -191,7 +166,8 @@ def _problems(raw: Any) -> list[str]:
 # ── Text out ──
 
 
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in plain text, columns by two blanks apart."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
@@ -211,7 +187,7 @@ def _block(
             table = [[title[:40], *(group[:30] for _, group in places[:shown])]]
             table += [[_name(one), *(_cell(row, intervals) for row in rows[:shown])] for one, rows in lines]
             table.append(["images", *("-" if n is None else f"{n:,}" for n in sizes[:shown])])
-            text = _aligned(table)
+            text = aligned(table)
             if max(map(len, text)) <= WIDTH:
                 notes = unique(
                     (_sign(row), row["why"]) for _, rows in lines for row in rows[:shown] if row and row["weak"]
@@ -235,23 +211,6 @@ def _cell(row: Row | None, intervals: bool) -> str:
         return "-"
     text = f"{row['value']:.3f}{'*' if row['weak'] else ''}"
     return text if not intervals or None in (row["lo"], row["hi"]) else f"{text} [{row['lo']:.2f}, {row['hi']:.2f}]"
-
-
-def _paired(place: Place, label: str, reading: Reading) -> list[tuple[str, ...]]:
-    found = [(one.name, reading.row(AUROC, label, one.predictor, place)) for one in reading.pairs(label)]
-    rows = [(name, row) for name, row in found if row is not None]
-    table = []
-    for name, row in rows:
-        value = "-" if row["value"] is None else f"{row['value']:+.3f}"
-        span = "-" if None in (row["lo"], row["hi"]) else f"[{row['lo']:+.3f}, {row['hi']:+.3f}]"
-        table.append((name, value, span, row["why"] or findings.verdict(row)))
-    bounds = [(row["lo"], name) for name, row in rows if row["lo"] is not None]
-    if bounds:
-        missing = f", undefined for {len(rows) - len(bounds)}" if len(bounds) < len(rows) else ""
-        table.append(("smallest lower bound", f"{min(bounds)[0]:+.3f}", "", f"against {min(bounds)[1]}{missing}"))
-    title = "all" if place == OVERALL else " ".join(place)
-    patients = "-" if not rows or rows[0][1]["n_patients"] is None else f"{rows[0][1]['n_patients']:,}"
-    return [((title, patients) if i == 0 else ("", "")) + line for i, line in enumerate(table)]
 
 
 def _json(report: GroupReport) -> str:

@@ -364,11 +364,11 @@ def _farewell(run: Run) -> str:
     )
 
 
-def _publish(run: Run, found: report.GroupReport | None, journal: Journal, step: int) -> None:
+def _publish(run: Run, found: evaluate.Evaluation | None, journal: Journal, step: int) -> None:
     def publish() -> None:
         if found is not None:
             evaluate.publish(run, found)
-            journal.report(step, found.stage, found.rows, found.context["split"])
+            journal.report(step, found.report.stage, found.report.rows, found.report.context["split"])
 
     run.world.attempt(publish)
 

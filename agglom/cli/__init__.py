@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from agglom import __version__
-from agglom.errors import AgglomError, ConfigError, DataError, Interrupted, PluginError
+from agglom.errors import VERDICT_NO, AgglomError, ConfigError, DataError, Interrupted, PluginError
 
 VERBS = {
     "plan": "resolve stages, steps, batches and groups, print them and stop",
     "distill": "train the student, evaluate after each stage, export",
-    "evaluate": "evaluate the teachers and the last student of a run again",
-    "compare": "print the paired table of student and teachers from a run's last report",
+    "evaluate": "evaluate the teachers and the last student of a run again, or anybody's predictions",
+    "compare": "print student against teachers, run against run or stage against stage, with a verdict at a margin",
     "export": "write the student of a run as safetensors, with a model card",
     "list": "show the plug-ins there are, with their options",
     "check": "run the contract suite on a plug-in",
@@ -31,8 +31,14 @@ LAUNCHED = ("--local_rank", "--deepspeed")
 FLAGS: dict[str, tuple[str, ...]] = {
     "plan": ("--config", "--set", "--out", "--debug", "--deepspeed_config", "--world", "--params"),
     "distill": ("--config", "--set", "--out", "--resume", "--debug", "--deepspeed_config", *LAUNCHED),
-    "evaluate": ("--config", "--set", "--out", "--debug", "--deepspeed_config", *LAUNCHED),
-    "compare": ("--out", "--debug", *LAUNCHED),
+    "evaluate": (
+        *("--config", "--set", "--out", "--predictions", "--manifest", "--debug", "--deepspeed_config"),
+        *LAUNCHED,
+    ),
+    "compare": (
+        *("--out", "--margin", "--fail-on", "--metric", "--label", "--readout", "--split", "--stages", "--debug"),
+        *LAUNCHED,
+    ),
     "export": ("--config", "--set", "--out", "--debug", *LAUNCHED),
     "list": ("--debug",),
     "check": ("--config", "--set", "--debug"),
@@ -46,6 +52,19 @@ _ARGUMENTS: dict[str, dict[str, object]] = {
         "default": "auto",
         "help": "go on from the last checkpoint in OUT if there is one (default), never, or from this checkpoint",
     },
+    "--predictions": {"metavar": "FILE", "help": "evaluate this table of scores, without any model, into OUT"},
+    "--manifest": {"metavar": "FILE", "help": "labels and attributes of the images of --predictions"},
+    "--margin": {"type": float, "metavar": "M", "help": "judge non-inferiority at this margin; status 3 unless shown"},
+    "--fail-on": {
+        "choices": ("inconclusive", "inferior"),
+        "default": "inconclusive",
+        "help": "the mildest verdict of a group that gives status 3 (default inconclusive)",
+    },
+    "--metric": {"default": "auroc", "help": "a metric of the report (default auroc)"},
+    "--label": {"help": "one label of the report (default: all)"},
+    "--readout": {"default": "linear", "help": "a readout of the report (default linear)"},
+    "--split": {"choices": ("test", "val"), "help": "the split (default: test, or val where there is no test)"},
+    "--stages": {"action": "store_true", "help": "each stage minus the one before"},
     "--debug": {"action": "store_true", "help": "show the traceback of an error"},
     "--deepspeed_config": {"metavar": "FILE", "help": "DeepSpeed's own keys as JSON, merged under engine.deepspeed"},
     "--world": {"type": int, "default": 1, "metavar": "N", "help": "plan for N ranks (default 1)"},
@@ -109,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "plugin", nargs="?", help="a kind (teachers/timm, students/timm), a file or module:function"
             )
+        if verb == "compare":
+            sub.add_argument("runs", nargs="*", metavar="RUN", help="the folder of a run; several are put side by side")
         for flag in FLAGS[verb]:
             sub.add_argument(flag, **_ARGUMENTS[flag])  # type: ignore[arg-type]
     return parser
@@ -156,7 +177,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     out = _out(arguments) if arguments.out else None
     if arguments.world < 1:
         raise ConfigError(f"--world {arguments.world}: a run has at least 1 rank")
-    job, base = _load(arguments)
+    job, base = _load(arguments, out)
     from agglom import config, plan
     from agglom.data import manifest as manifests
 
@@ -192,7 +213,7 @@ def _parameters(job) -> str:
 
 def _distill(arguments: argparse.Namespace) -> int:
     out = _out(arguments)
-    job, base = _load(arguments)
+    job, base = _load(arguments, out)
     from agglom import train
 
     train.distill(job, base, out, resume=arguments.resume)
@@ -200,6 +221,10 @@ def _distill(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    if arguments.predictions is not None:
+        return _audit(arguments)
+    if arguments.manifest is not None:
+        raise ConfigError("evaluate: --manifest belongs to --predictions; a run has its own, data.manifest")
     out = _run_folder(arguments)
     job, base = _load(arguments, out)
     from agglom import evaluate
@@ -208,13 +233,40 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(arguments: argparse.Namespace) -> int:
-    if _rank() == 0:
-        out = _run_folder(arguments)
-        from agglom import report
+def _audit(arguments: argparse.Namespace) -> int:
+    if _rank() != 0:
+        return 0
+    if arguments.manifest is None and arguments.config is None:
+        raise ConfigError(
+            "evaluate: --manifest is missing; name the table with the labels and attributes of the images"
+        )
+    out = _out(arguments)
+    from agglom import audit
 
-        print(report.compare(out))
+    manifest, config = (None if name is None else Path(name) for name in (arguments.manifest, arguments.config))
+    for path in audit.main(Path(arguments.predictions), manifest, config, arguments.set, out):
+        print(path)
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    if _rank() != 0:
+        return 0
+    if arguments.runs and arguments.out:
+        raise ConfigError("compare: name the runs or --out, which is another spelling for one run, not both")
+    if not arguments.runs and not arguments.out:
+        raise ConfigError("compare: --out is missing; name the folder of the run")
+    runs, spelling = (arguments.runs, "") if arguments.runs else ([arguments.out], "--out ")
+    for run in runs:
+        if not Path(run).is_dir():
+            raise ConfigError(f"{spelling}{run}: there is no run; name the folder that `agglom distill` wrote")
+    from agglom import compare
+
+    asked = ("margin", "metric", "label", "readout", "split", "fail_on", "stages")
+    question = compare.Question(**{key: getattr(arguments, key) for key in asked})
+    text, yes = compare.main([Path(run) for run in runs], question)
+    print(text)
+    return 0 if yes else VERDICT_NO
 
 
 def _export(arguments: argparse.Namespace) -> int:

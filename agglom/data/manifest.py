@@ -6,16 +6,13 @@ Shape suffixes: N rows, L labels, P patients, U distinct cells.
 
 from __future__ import annotations
 
-import csv
-import difflib
 import hashlib
-import io
 import itertools
 import math
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,19 +20,35 @@ import numpy as np
 import pyarrow as pa
 
 from agglom.config import Attribute, Data
-from agglom.errors import DataError
+from agglom.data import tables
+from agglom.data.tables import Problems, did_you_mean, encode, number
 
-SHOWN = 5
+MISSING = "set data.manifest; a relative path starts at the folder of the configuration file"
 LABEL_VALUES = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": math.nan}
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The groups of an attribute ("sex"), a crossing ("sex*view") or everybody ("", the one group "all").
+
+    `members` are the rows (int64, ascending) of each group, `unknown` those of no group because a part is missing.
+    Memberships, not a partition: where a cell holds several values its row is in several groups.
+    """
+
+    attribute: str
+    members: dict[str, np.ndarray]
+    unknown: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
     """The checked table; row i of every field is the i-th row of the file.
 
-    `images` are absolute paths; `patient_N` indexes `patients`; `split_N` holds "train", "val" or "test" whatever
-    the file calls them; `label_NL` is float32 with NaN for unknown; `attributes` maps an attribute to the group name
-    of each row, None where it is missing; `digest` is the sha256 of the file's bytes.
+    `images` are absolute paths, `cells` as the file writes them; `patient_N` indexes `patients`; `split_N` holds
+    "train", "val" or "test" whatever the file calls them; `label_NL` is float32 with NaN for unknown; `attributes` maps
+    an attribute to the group name of each row, None where it is missing; `digest` is the sha256 of the file's bytes.
+    `numbers` are the values of continuous attributes, NaN where missing. `separators` names the attributes of which a
+    row may have several values; their cells in `attributes` hold them in order, joined by it.
     """
 
     path: Path
@@ -47,6 +60,9 @@ class Manifest:
     labels: tuple[str, ...]
     attributes: dict[str, tuple[str | None, ...]]
     digest: str
+    cells: tuple[str, ...] = ()
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    separators: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -55,41 +71,95 @@ class Manifest:
         """Indices (int64, ascending) of the rows of `split`: "train", "val" or "test"."""
         return np.flatnonzero(self.split_N == split).astype(np.int64)
 
+    @property
+    def headline(self) -> str:
+        """The split that a report speaks of: test, or val where there is none."""
+        return "test" if len(self.rows("test")) else "val"
+
+    def view(self, name: str = "") -> View:
+        """The groups of `name`, attributes joined by `*`: values in alphabetical order, those of a continuous attribute
+        by size. A crossing is the full product of its parts, so that a combination without rows is seen to have none.
+        """
+        everybody = np.arange(len(self))
+        if not name:
+            return View("", {"all": everybody}, everybody[:0])
+        parts = [self._masks(part) for part in name.split("*")]
+        members = {
+            "|".join(value for value, _ in combination): np.flatnonzero(
+                np.logical_and.reduce([mask_N for _, mask_N in combination])
+            )
+            for combination in itertools.product(*(part.items() for part in parts))
+        }
+        known = [np.logical_or.reduce([*part.values(), np.zeros(len(self), bool)]) for part in parts]
+        return View(name, members, np.flatnonzero(~np.logical_and.reduce(known)))
+
+    def _masks(self, attribute: str) -> dict[str, np.ndarray]:
+        """By value, the mask over N of the rows that have it."""
+        column, separator = self.attributes[attribute], self.separators.get(attribute)
+        codes_N, distinct = encode(("" if cell is None else cell for cell in column), len(column))
+        values_of = [cell.split(separator) if cell and separator else [cell] for cell in distinct]
+        values = sorted({value for several in values_of for value in several} - {""})
+        masks = {v: np.array([v in several for several in values_of], bool)[codes_N] for v in values}
+        if attribute in self.numbers:
+            values.sort(key=lambda value: np.nanmin(self.numbers[attribute][masks[value]]))
+        return {value: masks[value] for value in values}
+
     def where(self, row: int) -> str:
         """Where row `row` stands in the file, for messages: data row 1 is the first below the header."""
         return f"data row {row + 1} of {self.path}"
 
 
-def load(data: Data, base: Path, *, check_files: bool = True) -> Manifest:
+def load(
+    data: Data,
+    base: Path,
+    *,
+    check_files: bool = True,
+    needed: Sequence[str] = ("train", "val"),
+    missing: str = MISSING,
+) -> Manifest:
     """Read and check the manifest of `data`, a CSV or Parquet file; relative paths start at `base`.
 
     Images are relative to `data.root`, or without it to the manifest's folder. Cells are stripped of surrounding
-    blanks. `check_files=False` does not look for the images.
+    blanks. `check_files=False` does not look for the images; the splits in `needed` must have rows; `missing` says what
+    to do where there is no such file.
 
     Raises:
         DataError: with every problem of the file, each with its count and the first five rows.
     """
     path = Path(os.path.abspath(base / data.manifest))
-    raw = _bytes(path)
-    table = _table(path, raw)
-    problems = _Problems(path, *_numbering(path, raw, table.num_rows))
+    raw, table, problems = tables.read(path, "the manifest", missing)
     cells = _cells(data, table, problems)
 
     root = path.parent if data.root is None else Path(os.path.abspath(base / data.root))
     images = _images(cells.get(data.image), root, problems, check_files)
-    split_N, patient_N, patients = _splits(data, cells, problems)
+    split_N, patient_N, patients = _splits(data, cells, needed, problems)
     label_NL = np.full((table.num_rows, len(data.labels)), np.nan, np.float32)
     for index, label in enumerate(data.labels):
         if label in cells:
             label_NL[:, index] = _label(label, cells[label], problems)
-    attributes = {
-        name: _attribute(name, spec, cells[spec.column or name], problems)
-        for name, spec in data.attributes.items()
-        if (spec.column or name) in cells
-    }
+    attributes: dict[str, tuple[str | None, ...]] = {}
+    numbers: dict[str, np.ndarray] = {}
+    for name, spec in data.attributes.items():
+        if (column := spec.column or name) in cells:
+            if spec.kind == "continuous":
+                attributes[name], numbers[name] = _continuous(name, spec, cells[column], problems)
+            else:
+                attributes[name] = _categorical(spec, cells[column])
     problems.throw()
-    digest = hashlib.sha256(raw).hexdigest()
-    return Manifest(path, images, patient_N, patients, split_N, label_NL, tuple(data.labels), attributes, digest)
+    return Manifest(
+        path=path,
+        images=images,
+        patient_N=patient_N,
+        patients=patients,
+        split_N=split_N,
+        label_NL=label_NL,
+        labels=tuple(data.labels),
+        attributes=attributes,
+        digest=hashlib.sha256(raw).hexdigest(),
+        cells=tuple(cells[data.image]),
+        numbers=numbers,
+        separators={name: spec.separator for name, spec in data.attributes.items() if spec.separator is not None},
+    )
 
 
 def bin_names(edges: Sequence[float]) -> tuple[str, ...]:
@@ -99,185 +169,32 @@ def bin_names(edges: Sequence[float]) -> tuple[str, ...]:
     return (f"<{text[0]}", *between, f">={text[-1]}")
 
 
-@dataclass
-class _Problems:
-    """Collects problems; `number_N` is how the reader of the message finds row i, `unit` says how it counts."""
-
-    path: Path
-    unit: str
-    legend: str
-    number_N: np.ndarray
-    found: list[str] = field(default_factory=list)
-
-    def at(self, row: int) -> str:
-        return f"{self.unit} {self.number_N[row]}"
-
-    def add(self, text: str) -> None:
-        self.found.append(text)
-
-    def rows(self, kind: str, mask_N: np.ndarray, cell: Callable[[int], str], remedy: str) -> None:
-        """Add `kind` if any row is marked: count, the first five with `cell(row)`, and what to do."""
-        marked = np.flatnonzero(mask_N)
-        if marked.size == 0:
-            return
-        shown = [f"    {self.at(row)}: {cell(row)}" for row in marked[:SHOWN]]
-        more = ["    …"] if marked.size > SHOWN else []
-        count = f"{marked.size} row{'s' * (marked.size > 1)}"
-        self.add("\n".join([f"{kind}: {count}. {remedy}", *shown, *more]))
-
-    def throw(self) -> None:
-        if self.found:
-            count = f"{len(self.found)} problem{'s' * (len(self.found) > 1)}"
-            raise DataError("\n".join([f"{self.path}: {count} ({self.legend})", *(f"  {text}" for text in self.found)]))
-
-
-# ── From the file to cells ──
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
-        hint = f"; did you mean '{path.parent / near[0]}'?" if near else "."
-        raise DataError(
-            f"{path}: the manifest does not exist{hint} Set data.manifest; "
-            "a relative path starts at the folder of the configuration file"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path}: the manifest cannot be read ({error.strerror}). Check its permissions") from error
-    if not raw.strip():
-        raise DataError(f"{path}: the manifest is empty. It needs a header and one row for each image")
-    return raw
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _is_parquet(path: Path, raw: bytes) -> bool:
-    return path.suffix.lower() in (".parquet", ".pq") or raw.startswith(b"PAR1")
-
-
-def _table(path: Path, raw: bytes) -> pa.Table:
-    table = _parquet(path, raw) if _is_parquet(path, raw) else _csv(path, raw)
-    if table.num_rows == 0:
-        raise DataError(f"{path}: the manifest has columns but no rows. It needs one row for each image")
-    return table
-
-
-def _parquet(path: Path, raw: bytes) -> pa.Table:
-    # Takes a quarter of a second to import, and most manifests are CSV.
-    import pyarrow.parquet
-
-    try:
-        # Not read_table: it imports pandas, two seconds.
-        return pyarrow.parquet.ParquetFile(pa.BufferReader(raw)).read()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)}). Write it again") from error
-
-
-def _csv(path: Path, raw: bytes) -> pa.Table:
-    from pyarrow import csv as arrow
-
-    ragged: list[arrow.InvalidRow] = []
-
-    def note(row: arrow.InvalidRow) -> str:
-        ragged.append(row)
-        return "skip"
-
-    try:
-        # Arrow guesses the type of each column that is not named beforehand: "007" would become 7.
-        header = next(csv.reader(io.TextIOWrapper(io.BytesIO(raw), "utf-8-sig", newline="")))
-        table = arrow.read_csv(
-            pa.BufferReader(raw),
-            # One thread, or the row numbers of ragged rows are not known.
-            read_options=arrow.ReadOptions(use_threads=False),
-            parse_options=arrow.ParseOptions(newlines_in_values=True, invalid_row_handler=note),
-            convert_options=arrow.ConvertOptions(
-                column_types=dict.fromkeys(header, pa.string()),
-                strings_can_be_null=False,
-            ),
-        )
-    except (pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{path}: not a readable CSV file ({_first_line(error)}). "
-            "It must be UTF-8, separated by commas, with a header"
-        ) from error
-    if ragged:
-        shown = [f"    row {row.number}: {row.actual_columns} cells: {row.text[:80]}" for row in ragged[:SHOWN]]
-        raise DataError(
-            "\n".join(
-                [
-                    f"{path}: 1 problem (row 2 is the first below the header)",
-                    f"  wrong number of cells: {len(ragged)} rows. The header has {ragged[0].expected_columns}; "
-                    "put cells that contain a comma in double quotes",
-                    *shown,
-                    *(["    …"] if len(ragged) > SHOWN else []),
-                ]
-            )
-        )
-    return table
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
-
-
-def _numbering(path: Path, raw: bytes, rows: int) -> tuple[str, str, np.ndarray]:
-    """Unit, legend and number of each row: lines of a CSV file where they can be told, else data rows."""
-    if not _is_parquet(path, raw):
-        lines = [number for number, line in enumerate(raw.splitlines(), 1) if line]
-        if len(lines) == rows + 1:
-            return "line", "line numbers of the file; the header is line 1", np.array(lines[1:])
-    return "row", "data rows counted from 1", np.arange(1, rows + 1)
-
-
-def _cells(data: Data, table: pa.Table, problems: _Problems) -> dict[str, list[str]]:
+def _cells(data: Data, table: pa.Table, problems: Problems) -> dict[str, list[str]]:
     """The columns that the configuration names, as text; those that the file lacks are a problem and left out."""
-    wanted = {data.image: "data.image", data.patient: "data.patient", data.split: "data.split"}
+    wanted = {data.image: "data.image", data.patient: "data.patient"}
+    wanted |= {data.split: "data.split"} if data.split is not None else {}
     wanted |= dict.fromkeys(data.labels, "data.labels")
     wanted |= {spec.column or name: f"data.attributes.{name}" for name, spec in data.attributes.items()}
     existing = Counter(table.column_names)
     cells = {}
     for name, key in wanted.items():
         if name not in existing:
-            near = difflib.get_close_matches(name, existing, n=1, cutoff=0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else "."
+            hint = did_you_mean(name, existing)
             problems.add(f"missing column '{name}' ({key}){hint} The file has: {', '.join(existing)}")
         elif existing[name] > 1:
             problems.add(f"column '{name}' ({key}) appears {existing[name]} times. Keep one")
         else:
             try:
-                cells[name] = _text(table.column(name))
+                cells[name] = tables.text(table.column(name))
             except pa.ArrowException as error:
-                problems.add(f"column '{name}' ({key}) cannot be read as text ({_first_line(error)})")
+                problems.add(f"column '{name}' ({key}) cannot be read as text ({tables.first_line(error)})")
     return cells
-
-
-def _text(column: pa.ChunkedArray) -> list[str]:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    missing = {None, "nan"} if pa.types.is_floating(column.type) else {None}
-    # A cast imports pyarrow.compute; the columns of a CSV file are text already.
-    text = column if pa.types.is_string(column.type) else column.cast(pa.string())
-    return ["" if cell in missing else cell.strip() for cell in text.to_pylist()]
 
 
 # ── From cells to the fields of the manifest ──
 
 
-def _encode(cells: Iterable[str], count: int) -> tuple[np.ndarray, list[str]]:
-    """Codes (int64) by first appearance, and the distinct cells."""
-    index: dict[str, int] = {}
-    codes_N = np.fromiter((index.setdefault(cell, len(index)) for cell in cells), np.int64, count)
-    return codes_N, list(index)
-
-
-def _images(cells: list[str] | None, root: Path, problems: _Problems, check_files: bool) -> tuple[str, ...]:
+def _images(cells: list[str] | None, root: Path, problems: Problems, check_files: bool) -> tuple[str, ...]:
     if cells is None:
         return ()
     empty_N = np.array([not cell for cell in cells])
@@ -285,7 +202,7 @@ def _images(cells: list[str] | None, root: Path, problems: _Problems, check_file
     prefix = str(root)
     images = tuple(os.path.normpath(os.path.join(prefix, cell)) for cell in cells)
 
-    codes_N, distinct = _encode(images, len(images))
+    codes_N, distinct = encode(images, len(images))
     if len(distinct) < len(images):
         first_U = np.unique(codes_N, return_index=True)[1]
         again_N = (np.arange(len(images)) != first_U[codes_N]) & ~empty_N
@@ -320,16 +237,17 @@ def _exists(image: str, folders: dict[str, set[str]]) -> bool:
 
 
 def _splits(
-    data: Data, cells: dict[str, list[str]], problems: _Problems
+    data: Data, cells: dict[str, list[str]], needed: Sequence[str], problems: Problems
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Canonical split and patient code of each row; every patient must be in one split."""
     rows = len(problems.number_N)
     names = {data.splits.train: "train", data.splits.val: "val"}
     if data.splits.test is not None:
         names[data.splits.test] = "test"
-    split_cells, patient_cells = cells.get(data.split, []), cells.get(data.patient, [])
+    patient_cells = cells.get(data.patient, [])
+    split_cells = [data.splits.test or "test"] * rows if data.split is None else cells.get(data.split, [])
     split_N = np.array([names.get(cell, "") for cell in split_cells], dtype="<U5")
-    patient_N, patients = _encode(patient_cells, len(patient_cells))
+    patient_N, patients = encode(patient_cells, len(patient_cells))
     no_patient_N = np.array([not cell for cell in patient_cells], dtype=bool)
 
     if split_cells:
@@ -342,7 +260,7 @@ def _splits(
             f"data.splits names {', '.join(names)}; name this one there or drop the rows",
         )
         for value, name in names.items():
-            if name != "test" and not (split_N == name).any():
+            if name in needed and not (split_N == name).any():
                 problems.add(f"no {name} rows: no cell of column '{data.split}' is '{value}' (data.splits.{name})")
     problems.rows(
         "empty patient cells",
@@ -369,8 +287,8 @@ def _splits(
     return split_N, patient_N, tuple(patients)
 
 
-def _label(name: str, cells: list[str], problems: _Problems) -> np.ndarray:
-    codes_N, distinct = _encode(cells, len(cells))
+def _label(name: str, cells: list[str], problems: Problems) -> np.ndarray:
+    codes_N, distinct = encode(cells, len(cells))
     wrong_N = np.array([value not in LABEL_VALUES for value in distinct], bool)[codes_N]
     problems.rows(
         f"label '{name}' not 0 or 1",
@@ -381,34 +299,39 @@ def _label(name: str, cells: list[str], problems: _Problems) -> np.ndarray:
     return np.array([LABEL_VALUES.get(value, math.nan) for value in distinct], np.float32)[codes_N]
 
 
-def _attribute(name: str, spec: Attribute, cells: list[str], problems: _Problems) -> tuple[str | None, ...]:
-    codes_N, distinct = _encode(cells, len(cells))
+def _categorical(spec: Attribute, cells: list[str]) -> tuple[str | None, ...]:
+    """The group of each row; several are in alphabetical order, and what stands for missing among them says nothing."""
+    codes_N, distinct = encode(cells, len(cells))
     missing = {"", *spec.missing}
-    if spec.kind == "categorical":
-        groups = [None if value in missing else value for value in distinct]
-        return tuple(groups[code] for code in codes_N)
+    groups: list[str | None] = []
+    for cell in distinct:
+        values = [cell] if spec.separator is None else sorted({value.strip() for value in cell.split(spec.separator)})
+        groups.append((spec.separator or "").join(value for value in values if value not in missing) or None)
+    return tuple(groups[code] for code in codes_N)
 
+
+def _continuous(
+    name: str, spec: Attribute, cells: list[str], problems: Problems
+) -> tuple[tuple[str | None, ...], np.ndarray]:
+    """The bin and the number of each row."""
+    codes_N, distinct = encode(cells, len(cells))
     names = bin_names(spec.bins)
+    missing = {"", *spec.missing}
     # A code for missing such as -1 must not fall into a bin because the file writes it -1.0.
-    missing_numbers = {_number(token) for token in spec.missing} - {None}
-    groups, wrong = [], []
-    for value in distinct:
-        number = _number(value)
-        absent = value in missing or number in missing_numbers
-        wrong.append(number is None and not absent)
-        groups.append(None if number is None or absent else names[bisect_right(spec.bins, number)])
+    missing_numbers = {number(token) for token in spec.missing} - {None}
+    groups: list[str | None] = []
+    numbers, wrong = [], []
+    for cell in distinct:
+        value = number(cell)
+        absent = cell in missing or value in missing_numbers
+        wrong.append(value is None and not absent)
+        known = math.nan if value is None or absent else value
+        groups.append(None if math.isnan(known) else names[bisect_right(spec.bins, known)])
+        numbers.append(known)
     problems.rows(
         f"attribute '{name}' not numeric",
         np.array(wrong, bool)[codes_N],
         lambda row: f"'{cells[row]}'",
         f"Write a number, or name what stands for missing in data.attributes.{name}.missing",
     )
-    return tuple(groups[code] for code in codes_N)
-
-
-def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+    return tuple(groups[code] for code in codes_N), np.array(numbers, float)[codes_N]

@@ -238,3 +238,28 @@ def test_verbs_without_a_run(lab, capsys, verb):
     assert "agglom distill" in message
     assert cli.main([verb, *config, "--out", str(lab.folder / "gone")]) == CONFIGURATION
     assert "there is no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"student": {"kind": "timm", "options": {"model": "test_vit"}}, "evaluate.size": 50},
+            "evaluate.size: the student takes no image of 50 px",
+        ),
+        (
+            {"student": {"kind": "timm", "options": {"model": "test_vit", "drop_path": 5}}},
+            "drop_path is 5; expected a rate in [0, 1)",
+        ),
+        ({"engine.deepspeed": {"zero_optimizaton": {"stage": 1}}}, "unknown key; did you mean 'zero_optimization'?"),
+        (
+            {"engine.deepspeed": {"zero_optimization": {"reduce_bucket_size": "abc"}}},
+            "engine.deepspeed: DeepSpeed refuses",
+        ),
+    ],
+    ids=["size", "drop_path", "typo", "type"],
+)
+def test_what_the_student_and_deepspeed_refuse_is_said_before_training(lab, capsys, change, said):
+    assert lab.distill("out", change) == CONFIGURATION
+    assert said in capsys.readouterr().err
+    assert not list((lab.folder / "out").glob("checkpoints/*"))

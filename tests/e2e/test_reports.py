@@ -6,11 +6,14 @@ import math
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
 
 from agglom import cli, export, plugins, probes, report
+from agglom.core.metrics import METRICS, THRESHOLDED
 from agglom.data import readers
 from agglom.report import COLUMNS
 
@@ -56,18 +59,35 @@ def test_every_cell_is_reported(lab, labelled):
     rows = lab.rows(labelled)
     groups = [("", "all"), ("device", "A"), ("device", "B")]
     for predictor in ["student", "ensemble", *TEACHERS]:
-        for readout in ("linear", "knn"):
+        for readout, measured in (("linear", METRICS), ("knn", ("auroc",))):
             for split in ("val", "test"):
                 mine = select(rows, predictor=predictor, readout=readout, split=split, label="even")
-                for metric in PROBED:
-                    assert [(r["attribute"], r["group"]) for r in select(mine, metric=metric)] == groups
-                    for summary in ("gap", "worst"):
+                assert {row["metric"] for row in mine} & set(METRICS) == set(measured)
+                for metric in measured:
+                    found = [row for row in select(mine, metric=metric) if row["rule"] != "group"]
+                    assert [(r["attribute"], r["group"]) for r in found] == groups
+                    for summary in ("gap", "worst") if metric in PROBED else ():
                         (row,) = select(mine, metric=f"{metric}_{summary}")
                         assert (row["attribute"], row["group"]) == ("device", "all")
     for name in TEACHERS:
-        for metric in PROBED:
+        for metric in set(METRICS) - {"ece_debiased"}:
             found = select(rows, predictor=f"student - {name}", metric=metric, split="test", readout="linear")
             assert [(r["attribute"], r["group"]) for r in found] == groups
+
+
+def test_scores_of_the_report_lie_beside_it(lab, labelled, images):
+    """AUROC by hand from the table of scores."""
+    with (images / "manifest.csv").open() as file:
+        truth = {row["image"]: int(row["even"]) for row in csv.DictReader(file)}
+    rows = pq.read_table(labelled / "reports" / "full.scores.parquet").to_pylist()
+    for name in ("student", "ensemble", *TEACHERS):
+        for readout in ("linear", "knn"):
+            mine = select(rows, predictor=name, readout=readout, label="even", split="test")
+            value = roc_auc_score([truth[row["image"]] for row in mine], [row["score"] for row in mine])
+            (row,) = select(
+                lab.rows(labelled), predictor=name, readout=readout, metric="auroc", attribute="", split="test"
+            )
+            assert row["value"] == pytest.approx(value)
 
 
 def test_differences_are_differences(lab, labelled):
@@ -96,11 +116,12 @@ def test_thresholds_come_from_validation(lab, labelled):
     """The same threshold on val and test, for each predictor and readout; metrics without one have none."""
     rows = lab.rows(labelled)
     for row in rows:
-        assert (row["threshold"] is not None) == (row["metric"].split("_")[0] in ("accuracy", "tpr", "fpr")) or row[
-            "predictor"
-        ].startswith("student - ")
-    cuts = {row["threshold"] for row in select(rows, predictor="student", readout="linear", metric="tpr")}
-    assert len(cuts) == 1
+        assert not row["threshold"] or row["rule"] in ("global", "group")
+    for metric in THRESHOLDED:
+        found = select(rows, predictor="student", readout="linear", metric=metric, rule="global")
+        assert {row["split"] for row in found} == {"val", "test"}
+        assert len({row["threshold"] for row in found}) == 1
+    assert not any(row["threshold"] for row in rows if row["metric"] in set(METRICS) - THRESHOLDED)
 
 
 def test_rates_are_counted_at_the_threshold(lab, labelled, images):
@@ -112,15 +133,16 @@ def test_rates_are_counted_at_the_threshold(lab, labelled, images):
     summary = load_file(labelled / "features" / "one.safetensors")["summary"]
     readout = probes.linear(summary, label, train, val)
     mine = test & np.array([row["device"] == "B" for row in table])
-    called = readout.scores_N >= readout.threshold
+    threshold = probes.youden(readout.scores_N[val], label[val])
+    called = readout.scores_N >= threshold
     for metric, value in (
         ("accuracy", (called == label)[mine].mean()),
         ("tpr", called[mine & (label == 1)].mean()),
         ("fpr", called[mine & (label == 0)].mean()),
     ):
         found = select(lab.rows(labelled), predictor="teacher/one", metric=metric, split="test", readout="linear")
-        (row,) = select(found, group="B")
-        assert row["threshold"] == pytest.approx(readout.threshold)
+        (row,) = select(found, group="B", rule="global")
+        assert row["threshold"] == pytest.approx(threshold)
         assert row["value"] == pytest.approx(value)
 
 

@@ -1,5 +1,6 @@
 """The configuration: what is read, what is refused and how, and that a dumped job is the job."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -190,6 +191,13 @@ WRONG = {
         "needs increasing edges, for example [50, 65]; got [65.0, 50.0]",
     ),
     "bins of a category": ("data.attributes.sex.bins=[1]", "only a continuous attribute has bins"),
+    "separator of numbers": ('data.attributes.age.separator=";"', "only a categorical attribute has a separator"),
+    "blank separator": ('data.attributes.site={separator: " "}', "data.attributes.site.separator: only a categorical"),
+    "erasure of several values": (
+        'data.attributes.sex.separator=";"',
+        "teachers.erased.options.attribute: 'sex' has a separator",
+    ),
+    "no split column": ("data.split=null", "data.split: is null, which is for audits only"),
     "attribute name": ("data.attributes.a*b={}", "data.attributes.a*b: an attribute's name may not"),
     "equal splits": ("data.splits.val=train", "data.splits: train, val and test must differ"),
     "value range": ("data.value_range=[1, 0]", "data.value_range: the first must be less"),
@@ -297,6 +305,49 @@ def test_a_wrong_configuration_needs_no_heavy_library(good):
     # Processor time: the wall clock of a shared machine says little.
     used = after.children_user + after.children_system - before.children_user - before.children_system
     assert used < 2
+
+
+def test_weights_need_one_group_per_image(good):
+    several = ['data.attributes.sex.separator=";"', "balance.group=sex"]
+    text = message(good, *several)
+    assert "balance.group: 'sex' has a separator, so an image may be in several of its groups" in text
+    assert "data.groups" not in text
+
+
+# ── What an audit reads ──
+
+
+def test_an_audit_reads_its_parts_of_a_job(good):
+    job, base = config.load(good)
+    audit, folder = config.load_audit(good, ["seed=3", "data.min_support=7"], manifest="/other.csv")
+    assert folder == base
+    assert (audit.seed, audit.evaluate) == (3, job.evaluate)
+    assert audit.data == dataclasses.replace(job.data, manifest="/other.csv", min_support=7)
+
+
+def test_an_audit_needs_no_teachers(write):
+    path = write("data: {manifest: m.csv, split: null}\nevaluate: {permutations: 0}\n")
+    audit, folder = config.load_audit(path)
+    assert (audit.data.split, audit.evaluate.permutations) == (None, 0)
+    assert audit.data.manifest == str(folder / "m.csv")
+    assert config.load_audit(None, manifest="/m.csv", labels=["ill"])[0].data.labels == ("ill",)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("dta: {manifest: m.csv}\n", [], "top level: unknown key 'dta'; did you mean 'data'?"),
+        ("data: {labels: [ill]}\n", [], "data: key 'manifest' is missing"),
+        ("data: {manifest: m.csv}\n", ["data.groups=[sex]"], "data.groups[0]: 'sex' is not one of the attributes"),
+        ("data: {manifest: m.csv}\n", ["data.min_suport=3"], "did you mean 'min_support'?"),
+        ("data: {manifest: m.csv}\n", ["evaluate.permutations=-1"], "evaluate.permutations: must be at least 0"),
+        ("data: {manifest: m.csv}\n", ["optim.batch=3"], "top level: an audit reads data, evaluate, seed; got 'optim'"),
+    ],
+)
+def test_a_wrong_audit(write, text, overrides, expected):
+    with pytest.raises(ConfigError) as caught:
+        config.load_audit(write(text), overrides)
+    assert expected in str(caught.value)
 
 
 # ── Round trip ──

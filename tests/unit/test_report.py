@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agglom import findings, report
+from agglom import compare, findings, report
 from agglom.errors import DataError
 from agglom.report import GroupReport
 
@@ -491,7 +491,7 @@ def test_headline_marks_what_is_weak_or_undefined(one):
 def test_compare_prints_the_last_stage(one, tmp_path):
     report.write(GroupReport("warm", make_rows("warm"), {"index": 1}), tmp_path / "reports")
     report.write(one, tmp_path / "reports")
-    text = report.compare(tmp_path)
+    text = compare.table(tmp_path)
     assert text.startswith("stage full, test split")
     assert max(map(len, text.splitlines())) <= 110
     pairs = [r for r in one.rows if r["predictor"].startswith("student - ") and r["group"] == "B"]
@@ -504,23 +504,23 @@ def test_compare_prints_the_last_stage(one, tmp_path):
 
 def test_compare_without_labels_shows_what_is_unexplained(tmp_path):
     report.write(GroupReport("full", make_fvu(), {"index": 1}), tmp_path / "reports")
-    text = report.compare(tmp_path)
+    text = compare.table(tmp_path)
     assert text.startswith("No labels")
     assert "dinov2/patches" in text
 
 
 def test_compare_explains_what_it_lacks(tmp_path):
     with pytest.raises(DataError, match="holds no report"):
-        report.compare(tmp_path)
+        compare.table(tmp_path)
     path = report.write(GroupReport("teachers", make_rows(student=False), {"index": 0}), tmp_path / "reports")[0]
     with pytest.raises(DataError, match="no stage with a student"):
-        report.compare(tmp_path)
+        compare.table(tmp_path)
     report.write(GroupReport("full", make_rows()), tmp_path / "reports")
     with pytest.raises(DataError, match=r"full\.json: context\.index must be an integer"):
-        report.compare(tmp_path)
+        compare.table(tmp_path)
     path.write_text("{")
     with pytest.raises(DataError, match=r"not a readable report|context\.index"):
-        report.compare(tmp_path)
+        compare.table(tmp_path)
 
 
 # ── Parts ──

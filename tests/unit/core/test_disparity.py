@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agglom.core import disparity, metrics
+from agglom.core import disparity, influence, metrics
 from agglom.core.disparity import detectable, equalized_odds, equity_scaled, gap_to_overall, ratio, unknown_bounds
 from agglom.core.metrics import Estimate, evaluate, evaluate_groups, gap
 
@@ -201,7 +201,7 @@ def test_a_ratio_of_nothing_is_undefined():
 
 def test_the_detectable_gap_is_found_with_the_power_promised():
     rows, level = 400, 0.95
-    z = metrics._z(metrics.simultaneous(level, 2))
+    z = influence.z_of(metrics.simultaneous(level, 2))
     half = z * math.sqrt(0.25 / rows)
     found = detectable([estimate_of(0.5, 0.5 - half, 0.5 + half)] * 2)
     assert found == pytest.approx((1.959964 + 0.841621) * math.sqrt(2 * 0.25 / rows), rel=1e-5)
@@ -211,9 +211,9 @@ def test_the_detectable_gap_is_found_with_the_power_promised():
 
 
 def test_the_detectable_gap_is_that_of_the_least_precise_pair():
-    z = metrics._z(metrics.simultaneous(0.9, 4))
+    z = influence.z_of(metrics.simultaneous(0.9, 4))
     groups = [estimate_of(0.5, 0.5 - z * s, 0.5 + z * s) for s in (0.03, 0.01, 0.04)]
-    expected = 0.05 * (metrics._z(1 - 0.1 / 3) + 1.281552)
+    expected = 0.05 * (influence.z_of(1 - 0.1 / 3) + 1.281552)
     assert detectable([*groups, EXCLUDED[0]], power=0.9, level=0.9) == pytest.approx(expected)
     assert math.isnan(detectable([groups[0], *EXCLUDED]))
 

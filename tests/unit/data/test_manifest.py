@@ -268,3 +268,72 @@ def test_imports_are_light(tmp_path, name):
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ── Groups ──
+
+
+def grouped(folder, rows, **options):
+    write(folder, "image,patient,split,sick,sex,age,race\n" + rows)
+    attributes = ATTRIBUTES | {"race": Attribute(separator=";")}
+    return load(data(attributes=attributes, **options), folder, check_files=False, needed=())
+
+
+ROWS = """\
+a.png,1,test,1,F,49,B;A
+b.png,2,test,0,M,70,A
+c.png,3,test,1,,NA,unknown; A
+d.png,4,test,1,F,3,unknown
+e.png,5,test,1,F,55,A;;A
+"""
+
+
+def members(view):
+    return {group: rows.tolist() for group, rows in view.members.items()}
+
+
+def test_an_image_may_be_in_several_groups(tmp_path):
+    manifest = grouped(tmp_path, ROWS)
+    assert manifest.attributes["race"] == ("A;B", "A", "A", None, "A")
+    assert manifest.separators == {"race": ";"}
+    view = manifest.view("race")
+    assert members(view) == {"A": [0, 1, 2, 4], "B": [0]}
+    assert view.unknown.tolist() == [3]
+
+
+def test_crossings_of_several_values(tmp_path):
+    view = grouped(tmp_path, ROWS).view("sex*race")
+    assert members(view) == {"F|A": [0, 4], "F|B": [0], "M|A": [1], "M|B": []}
+    assert view.unknown.tolist() == [2, 3]
+
+
+def test_bins_are_in_the_order_of_their_numbers(tmp_path):
+    manifest = grouped(tmp_path, ROWS)
+    np.testing.assert_array_equal(manifest.numbers["age_band"], [49, 70, np.nan, 3, 55])
+    assert members(manifest.view("age_band")) == {"<50": [0, 3], "50-65": [4], ">=65": [1]}
+    assert list(manifest.view("age_band*sex").members)[:2] == ["<50|F", "<50|M"]
+
+
+def test_everybody_is_a_view(tmp_path):
+    view = grouped(tmp_path, ROWS).view()
+    assert (view.attribute, members(view), view.unknown.tolist()) == ("", {"all": [0, 1, 2, 3, 4]}, [])
+
+
+def test_nobody_is_annotated(tmp_path):
+    view = grouped(tmp_path, ROWS.replace("F,", ",").replace("M,", ",")).view("sex*race")
+    assert (members(view), view.unknown.tolist()) == ({}, [0, 1, 2, 3, 4])
+
+
+def test_without_a_split_column_all_rows_are_of_test(tmp_path):
+    write(tmp_path, "image,patient,sick,sex,age\na.png,1,1,F,3\n")
+    manifest = load(data(split=None), tmp_path, check_files=False, needed=())
+    assert (manifest.rows("test").tolist(), manifest.headline) == ([0], "test")
+    assert load(data(), write(tmp_path, GOOD), check_files=False).headline == "test"
+    only_val = load(data(), write(tmp_path, GOOD.replace("test", "val")), check_files=False)
+    assert only_val.headline == "val"
+
+
+def test_cells_are_images_as_the_file_writes_them(tmp_path):
+    manifest = load(data(), write(tmp_path, GOOD.replace("a.png", "./x/../a.png")), check_files=False)
+    assert manifest.cells == ("./x/../a.png", "b.png", "c.png", "d.png")
+    assert manifest.images[0] == str(tmp_path / "a.png")

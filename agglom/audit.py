@@ -1,0 +1,507 @@
+"""From scores and a manifest to the rows of a report: the one path for the stages of a run and for anybody's scores.
+
+A view of the manifest is a list of groups, each with its rows (`manifest.View`): memberships, which serve alike where
+every image has one group and where it may have several. Intervals of a single group do not mind; the bands over groups
+are Bonferroni's, whatever the dependence between them; and under the permutation null a patient in several groups moves
+in as many parts.
+
+Shape suffixes: N scored rows with a known label, P predictors, X rows of one group, I patients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agglom import config, plan, probes, report, scores
+from agglom.config import Data, Evaluate
+from agglom.core import disparity, metrics, resample
+from agglom.core.metrics import METRICS, THRESHOLDED, Across, Estimate
+from agglom.data import manifest as manifests
+from agglom.data import tables
+from agglom.data.manifest import Manifest, View
+from agglom.findings import Row, unique
+from agglom.report import GroupReport
+from agglom.scores import Scores
+
+# Of the other readouts of a label only AUROC is reported: they are a second look, not a second report.
+MAIN = ("linear", "zeroshot", scores.READOUT)
+SUMMARISED = ("auroc", "tpr", "fpr", "accuracy", "ppv", "ece", "selection_rate")
+NULLED = ("auroc", "tpr", "fpr")
+TESTED = frozenset({"auroc", *THRESHOLDED})
+# The names that some gaps have among the fairness criteria.
+CRITERIA = {"selection_rate": "demographic_parity_difference", "tpr": "equal_opportunity_difference"}
+# The curve over a continuous attribute: where its windows are centred, and the share of patients in each.
+CENTRES = tuple(tenth / 10 for tenth in range(1, 10))
+WINDOW = 0.2
+# Columns that may name the patient, and when a column without a schema is taken for numbers, groups or neither.
+PATIENTS = ("patient", "patient_id", "subject_id")
+MOST_NUMBERS, MOST_GROUPS = 12, 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the measurement depends on besides the data; see `config.Data` and `config.Evaluate`."""
+
+    min_patients: int
+    replicates: int
+    permutations: int
+    seed: int
+
+    @staticmethod
+    def of(data: Data, evaluate: Evaluate, seed: int) -> Settings:
+        return Settings(data.min_support, evaluate.bootstrap, evaluate.permutations, seed)
+
+
+def rows(
+    found: Scores, manifest: Manifest, groups: Sequence[str], settings: Settings, notes: list[str]
+) -> Iterator[Row]:
+    """Every metric of every predictor, label, readout and split, over everybody and in each group of `groups`.
+
+    - values at thresholds chosen on validation (`rule` "global"; "group": on the validation patients of the group);
+    - summaries over the groups of an attribute, with group "all"; the null of their gaps and what could be detected;
+    - the bounds of a value or a gap when patients whose attribute is not known are assigned at worst;
+    - paired differences of predictors (`pairs`), with p-values adjusted by Holm (1979) over the groups of an attribute;
+    - `auroc_curve` over a continuous attribute, whose groups are the centres of windows.
+
+    Group thresholds, nulls, bounds, p-values and curves are for the headline split and the readouts in `MAIN` alone.
+    Adds to `notes` what a reader must know.
+    """
+    views = [manifest.view(name) for name in ("", *groups)]
+    for label in found.labels:
+        for readout in unique(found.readouts):
+            val, test = (_sample(found, manifest, label, readout, split, settings) for split in ("val", "test"))
+            cuts, said = _thresholds(val, val.everybody)
+            notes += [f"{label}: {said}, so thresholds are .5."] if said and readout in MAIN else []
+            cuts = cuts or dict.fromkeys(val.score_PN, 0.5)
+            for sample in (val, test):
+                if not len(sample.y_N):
+                    continue
+                full = readout in MAIN and sample.split == manifest.headline
+                for view in views:
+                    yield from _levels(sample, view, cuts, full)
+                    yield from _differences(sample, view, cuts, full)
+                    if full and view.attribute:
+                        yield from _group_thresholds(sample, val, view)
+                    if full and view.attribute in manifest.numbers:
+                        yield from _curve(sample, view.attribute, manifest.numbers[view.attribute])
+
+
+def pairs(predictors: Sequence[str]) -> list[tuple[str, str]]:
+    """Whom to subtract from whom: each teacher from the student; without teachers, each other from the student; without
+    a student, the first predictor from each other. Teachers alone are not compared."""
+    teachers = [name for name in predictors if name.startswith("teacher/")]
+    if "student" in predictors:
+        return [("student", name) for name in teachers or predictors if name != "student"]
+    return [] if teachers else [(name, predictors[0]) for name in predictors[1:]]
+
+
+def row(predictor: str, metric: str, place: tuple[str, str], split: str, estimate: Estimate, **more: Any) -> Row:
+    """A row of a report at `place` (attribute, group)."""
+    plain = dict.fromkeys(report.COLUMNS) | {"label": "", "readout": "none", "target": "", "note": "", "rule": ""}
+    del plain["stage"]
+    e = estimate
+    return plain | {
+        "predictor": predictor,
+        "metric": metric,
+        "attribute": place[0],
+        "group": place[1],
+        "value": e.value,
+        "lo": e.lo,
+        "hi": e.hi,
+        "n": e.n,
+        "n_pos": e.n_pos,
+        "n_neg": e.n_neg,
+        "status": e.status,
+        "split": split,
+        "n_patients": e.n_patients,
+        "ci_method": e.method,
+        **more,
+    }
+
+
+def context(manifest: Manifest, data: Data, seed: int, notes: Iterable[str]) -> dict[str, Any]:
+    """What any report says of its data."""
+    return {
+        "split": manifest.headline,
+        "groups": [
+            {
+                "attribute": s.attribute,
+                "group": s.group,
+                "split": s.split,
+                "n_images": s.images,
+                "n_patients": s.patients,
+            }
+            for s in plan.support(manifest, data.groups)
+        ],
+        "simulated": [name for name, attribute in data.attributes.items() if attribute.simulated],
+        "labels": list(manifest.labels),
+        "min_support": data.min_support,
+        "manifest": manifest.path.name,
+        "seed": seed,
+        "notes": unique(notes),
+    }
+
+
+# ── One label, readout and split ──
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The rows of a split whose label is known, with the scores of all predictors. `place_M` maps manifest rows to rows
+    of the sample, −1 where they are not of it."""
+
+    label: str
+    readout: str
+    split: str
+    y_N: Tensor
+    patient_N: Tensor
+    score_PN: dict[str, Tensor]
+    place_M: np.ndarray
+    settings: Settings
+
+    @property
+    def everybody(self) -> Tensor:
+        return torch.arange(len(self.y_N))
+
+    def members(self, view: View) -> dict[str, Tensor]:
+        return {group: self.at(rows) for group, rows in view.members.items()}
+
+    def at(self, rows: np.ndarray) -> Tensor:
+        """The rows of the sample among manifest rows."""
+        place = self.place_M[rows]
+        return torch.as_tensor(place[place >= 0])
+
+    def measure(self, metric: str, name: str, rows_X: Tensor, cut: float, *, level: float = 0.95) -> Estimate:
+        return metrics.evaluate(
+            metric,
+            self.y_N[rows_X],
+            self.score_PN[name][rows_X],
+            self.patient_N[rows_X],
+            threshold=cut if metric in THRESHOLDED else math.nan,
+            level=level,
+            **self.common,
+        )
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return METRICS if self.readout in MAIN else ("auroc",)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        s = self.settings
+        return {"min_patients": s.min_patients, "replicates": s.replicates, "seed": s.seed}
+
+    def row(self, name: str, metric: str, place: tuple[str, str], estimate: Estimate, **more: Any) -> Row:
+        return row(name, metric, place, self.split, estimate, label=self.label, readout=self.readout, **more)
+
+
+def _sample(found: Scores, manifest: Manifest, label: str, readout: str, split: str, settings: Settings) -> _Sample:
+    label_N = manifest.label_NL[found.rows_N, manifest.labels.index(label)]
+    mine_N = (manifest.split_N[found.rows_N] == split) & ~np.isnan(label_N)
+    rows = found.rows_N[mine_N]
+    place_M = np.full(len(manifest), -1)
+    place_M[rows] = np.arange(len(rows))
+    score_PN = {name: torch.as_tensor(score_N[mine_N]) for name, score_N in found.of(readout, label).items()}
+    y_N, patient_N = torch.as_tensor(label_N[mine_N].astype(np.float64)), torch.as_tensor(manifest.patient_N[rows])
+    return _Sample(label, readout, split, y_N, patient_N, score_PN, place_M, settings)
+
+
+def _thresholds(val: _Sample, rows_X: Tensor) -> tuple[dict[str, float], str]:
+    """By predictor, Youden's threshold on validation rows; none of them, and why, where those lack a class."""
+    truth_X = val.y_N[rows_X].numpy()
+    if not len(truth_X):
+        return {}, "no validation image is scored"
+    if len(np.unique(truth_X)) < 2:
+        return {}, "validation holds one class"
+    return {name: probes.youden(score_N[rows_X].numpy(), truth_X) for name, score_N in val.score_PN.items()}, ""
+
+
+def _cut(metric: str, cut: float) -> dict[str, Any]:
+    return {"threshold": cut, "rule": "global"} if metric in THRESHOLDED else {}
+
+
+# ── Values and their summaries over groups ──
+
+
+def _levels(sample: _Sample, view: View, cuts: Mapping[str, float], full: bool) -> Iterator[Row]:
+    members = sample.members(view)
+    unknown_X = sample.at(view.unknown)
+    for metric in sample.metrics:
+        for name, cut in cuts.items():
+            bounds = _bounds(sample, metric, name, cut, members, unknown_X) if full else {}
+            for group, rows_X in members.items():
+                found = sample.row(
+                    name,
+                    metric,
+                    (view.attribute, group),
+                    sample.measure(metric, name, rows_X, cut),
+                    **_cut(metric, cut),
+                )
+                yield found | dict(zip(("unknown_lo", "unknown_hi"), bounds.get(group, ()), strict=False))
+            if len(members) > 1 and metric in SUMMARISED:
+                yield from _summaries(sample, metric, name, cut, view, bounds, full)
+
+
+def _bounds(
+    sample: _Sample, metric: str, name: str, cut: float, members: Mapping[str, Tensor], unknown_X: Tensor
+) -> dict[str, tuple[float, float]]:
+    """By group, how low and how high the metric may be when the rows of unknown group are assigned."""
+    if not len(unknown_X) or metric not in disparity.BOUNDED:
+        return {}
+    found = {}
+    for group, rows_X in members.items():
+        both_X = torch.cat([rows_X, unknown_X])
+        id_X = torch.cat([torch.zeros_like(rows_X), torch.full_like(unknown_X, -1)])
+        columns = sample.y_N[both_X], sample.score_PN[name][both_X], id_X
+        (found[group],) = disparity.unknown_bounds(metric, *columns, 1, cut if metric in THRESHOLDED else math.nan)
+    return found
+
+
+def _summaries(
+    sample: _Sample,
+    metric: str,
+    name: str,
+    cut: float,
+    view: View,
+    bounds: Mapping[str, tuple[float, float]],
+    full: bool,
+) -> Iterator[Row]:
+    """Gap, worst group, ratio and gap to everybody; what fairness criteria call some of them; ES-AUROC."""
+    members, groups = sample.members(view), list(view.members)
+
+    def at(metric: str, shares: int) -> list[Estimate]:
+        """The groups with intervals that hold together with those of `shares` intervals in all."""
+        level = metrics.simultaneous(0.95, shares)
+        return [sample.measure(metric, name, rows_X, cut, level=level) for rows_X in members.values()]
+
+    def said(summary: str, across: Across, note: str) -> Row:
+        share = {group: len(members[group]) / len(sample.y_N) for group in groups}
+        excluded = [f"{groups[g]} ({status}, {share[groups[g]]:.0%} of the images)" for g, status in across.excluded]
+        note += f"; left out: {', '.join(excluded)}" if excluded else ""
+        place, mine = (view.attribute, "all"), _cut(metric, cut)
+        return sample.row(name, summary, place, across.estimate, **mine, note=note.removeprefix("; "))
+
+    # ECE is bootstrapped: the gap is read from the intervals that everybody's joins, a little wider than need be.
+    wide = at(metric, len(groups) + (metric == "ece"))
+    assigned = [
+        one._replace(lo=bounds[group][0], hi=bounds[group][1]) if group in bounds else one
+        for group, one in zip(groups, wide, strict=True)
+    ]
+    known = bounds and not any(math.isnan(one.lo) for one in assigned if one.status == "ok")
+    across_of: dict[str, tuple[Callable[[Sequence[Estimate]], Across], str]] = {
+        "gap": (metrics.gap, " − "),
+        "worst": (lambda estimates: metrics.worst(metric, estimates), ""),
+        "ratio": (disparity.ratio, " ÷ "),
+    }
+    if metric == "selection_rate":
+        del across_of["worst"]  # neither more nor less of it is better
+    for summary, (measure, sign) in across_of.items():
+        across = measure(wide)
+        found = said(f"{metric}_{summary}", across, sign.join(groups[index] for index in across.groups))
+        if known and across.estimate.status == "ok":
+            worst_case = measure(assigned).estimate
+            found |= {"unknown_lo": worst_case.lo, "unknown_hi": worst_case.hi}
+        if summary == "gap" and full and metric in NULLED:
+            found |= {"detectable": disparity.detectable(wide)}
+            found |= _null(sample, metric, name, cut, list(members.values()), wide)
+        yield found
+        if summary == "gap" and metric in CRITERIA:
+            yield found | {"metric": CRITERIA[metric]}
+    level = metrics.simultaneous(0.95, len(groups) + 1)
+    overall = sample.measure(metric, name, sample.everybody, cut, level=level)
+    wide = wide if metric == "ece" else at(metric, len(groups) + 1)
+    across = disparity.gap_to_overall(overall, wide)
+    yield said(f"{metric}_gap_to_overall", across, "".join(groups[index] for index in across.groups))
+    if metric == "auroc":
+        yield said("auroc_es", disparity.equity_scaled(overall, wide, "sum"), f"{len(groups)} groups")
+        yield said("auroc_es_std", disparity.equity_scaled(overall, wide, "std"), f"{len(groups)} groups")
+    if metric == "tpr":
+        across = disparity.equalized_odds(at("tpr", 2 * len(groups)), at("fpr", 2 * len(groups)))
+        yield said("equalized_odds_difference", across, " − ".join(groups[index] for index in across.groups))
+
+
+def _null(
+    sample: _Sample, metric: str, name: str, cut: float, members: Sequence[Tensor], wide: Sequence[Estimate]
+) -> dict[str, float]:
+    """The gap against what it would be if groups did not differ, over the groups that it is measured on."""
+    usable = [rows_X for rows_X, one in zip(members, wide, strict=True) if one.status == "ok"]
+    if len(usable) < 2 or not sample.settings.permutations:
+        return {}
+    rows_X = torch.cat(usable)
+    null = resample.permutation_null(
+        metric,
+        sample.y_N[rows_X],
+        sample.score_PN[name][rows_X],
+        sample.patient_N[rows_X],
+        torch.arange(len(usable)).repeat_interleave(torch.tensor([len(one) for one in usable])),
+        len(usable),
+        threshold=cut if metric in THRESHOLDED else math.nan,
+        permutations=sample.settings.permutations,
+        seed=sample.settings.seed,
+    )
+    corrected = max(0.0, metrics.gap(wide).estimate.value - null.bias)
+    return {"p_value": null.p_value, "null_hi": null.quantile, "corrected": corrected}
+
+
+# ── Thresholds of groups ──
+
+
+def _group_thresholds(sample: _Sample, val: _Sample, view: View) -> Iterator[Row]:
+    """The same rates with a threshold for each group, chosen on its own validation patients."""
+    members, chosen = sample.members(view), val.members(view)
+    cuts = {group: _thresholds(val, chosen[group]) for group in members}
+    for metric in (one for one in METRICS if one in THRESHOLDED):
+        for name in sample.score_PN:
+            for group, rows_X in members.items():
+                cut, said = cuts[group]
+                estimate = sample.measure(metric, name, rows_X, cut.get(name, 0.5))
+                if not cut and estimate.status != "empty":
+                    nan = math.nan
+                    estimate = estimate._replace(value=nan, lo=nan, hi=nan, status="single_class", method="none")
+                note = f"no threshold: {said}" if said else ""
+                more = {"threshold": cut.get(name), "rule": "group", "note": note}
+                yield sample.row(name, metric, (view.attribute, group), estimate, **more)
+
+
+# ── Differences between predictors ──
+
+
+def _differences(sample: _Sample, view: View, cuts: Mapping[str, float], full: bool) -> Iterator[Row]:
+    members = sample.members(view)
+    for names in pairs(list(cuts)):
+        for metric in sample.metrics:
+            if metric == "ece_debiased":
+                continue  # it shares its interval with ece
+            cut_a, cut_b = (cuts[name] if metric in THRESHOLDED else math.nan for name in names)
+            found = []
+            for group, rows_X in members.items():
+                a_X, b_X = (sample.score_PN[name][rows_X] for name in names)
+                columns = metric, sample.y_N[rows_X], a_X, b_X, sample.patient_N[rows_X]
+                estimate = metrics.paired(*columns, threshold_a=cut_a, threshold_b=cut_b, **sample.common)
+                p_value = math.nan
+                if full and metric in TESTED and estimate.status == "ok":
+                    p_value = metrics.paired_p(*columns, threshold_a=cut_a, threshold_b=cut_b)
+                more = {"rule": "global"} if metric in THRESHOLDED else {}
+                place = view.attribute, group
+                found.append(sample.row(" - ".join(names), metric, place, estimate, **more, p_value=p_value))
+            for one, adjusted in zip(found, metrics.holm([one["p_value"] for one in found]), strict=True):
+                yield one | {"p_holm": adjusted}
+
+
+# ── The curve over a continuous attribute ──
+
+
+def _curve(sample: _Sample, attribute: str, number_M: np.ndarray) -> Iterator[Row]:
+    """AUROC in sliding windows: the patients nearest to the deciles of the attribute, with pointwise intervals.
+
+    A window holds a fifth of the patients and `min_patients` of each class, where there are as many.
+    """
+    known = np.flatnonzero((sample.place_M >= 0) & ~np.isnan(number_M))
+    rows_X, number_X = sample.at(known), number_M[known]
+    if not len(known):
+        return
+    patient_X, y_X = sample.patient_N[rows_X].numpy(), sample.y_N[rows_X].numpy()
+    of_patients = number_X[np.unique(patient_X, return_index=True)[1]]
+    for centre in np.unique(np.quantile(of_patients, CENTRES, method="closest_observation")):
+        far_X = np.abs(number_X - centre)
+
+        def reach(mine_X: np.ndarray, patients: int, far_X=far_X) -> float:
+            """How far to go for so many patients; 0 where there are fewer."""
+            order = np.argsort(far_X[mine_X], kind="stable")
+            nearest = far_X[mine_X][order][np.unique(patient_X[mine_X][order], return_index=True)[1]]
+            return float(np.sort(nearest)[patients - 1]) if len(nearest) >= patients else 0.0
+
+        radius = max(
+            reach(np.ones(len(far_X), bool), math.ceil(WINDOW * len(of_patients))),
+            *(reach(y_X == outcome, sample.settings.min_patients) for outcome in (0, 1)),
+        )
+        near_X = far_X <= radius
+        note = f"from {number_X[near_X].min():g} to {number_X[near_X].max():g}"
+        for name in sample.score_PN:
+            estimate = sample.measure("auroc", name, rows_X[torch.as_tensor(near_X)], math.nan)
+            yield sample.row(name, "auroc_curve", (attribute, f"{centre:g}"), estimate, note=note)
+
+
+# ── Anybody's scores ──
+
+
+def main(
+    predictions: Path, manifest_file: Path | None, config_file: Path | None, overrides: Sequence[str], out: Path
+) -> list[Path]:
+    """Report on a table of scores: `out`/report.{json,csv,md,html}, whose paths are returned.
+
+    The schema of the manifest is the `data` of `config_file`, whose manifest `manifest_file` replaces; without a file
+    it is read from the column names (`guess`). One of the two must be given. Raises ConfigError and DataError.
+    """
+    table, notes = scores.read(predictions), list[str]()
+    schema: dict[str, Any] = {} if manifest_file is None else {"manifest": str(manifest_file.absolute())}
+    if config_file is None:
+        schema, notes = guess(Path(schema["manifest"]), table.labels)
+    audit, base = config.load_audit(config_file, overrides, **schema)
+    data = audit.data
+    manifest = manifests.load(data, base, check_files=False, needed=(), missing="Name it with --manifest")
+    found = scores.match(table, manifest, data.labels)
+    notes = [*notes, *found.notes]
+    measured = list(rows(found, manifest, data.groups, Settings.of(data, audit.evaluate, audit.seed), notes))
+    about = context(manifest, data, audit.seed, notes) | {
+        "name": out.name,
+        "index": 0,
+        "labels": list(found.labels),
+        "scores": predictions.name,
+    }
+    return report.write(GroupReport("report", [{"stage": "report", **one} for one in measured], about), out)
+
+
+def guess(path: Path, labels: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The `data` section for the manifest at `path` as its column names suggest it, and notes on what is left out.
+
+    `image`; the first of `PATIENTS`; `split`, without which all rows are of test; the `labels` of the scores ("label",
+    where they name none). Every other column is an attribute and a group: numbers with more than 12 distinct values are
+    continuous, with edges near the quartiles; more than 20 distinct texts are no groups.
+    """
+    table = tables.read(path, "the manifest", "Name it with --manifest").table
+    names = table.column_names
+    schema: dict[str, Any] = {
+        "manifest": str(path),
+        "patient": next((name for name in PATIENTS if name in names), PATIENTS[0]),
+        "split": "split" if "split" in names else None,
+        "labels": [label or "label" for label in labels],
+    }
+    used = {"image", schema["patient"], schema["split"], *schema["labels"]}
+    attributes: dict[str, dict[str, Any]] = {}
+    notes = []
+    for name in unique(names):
+        if name in used:
+            continue
+        cells = set(tables.text(table.column(name))) - {"", *config.Attribute().missing}
+        numbers = [found for cell in cells if (found := tables.number(cell)) is not None]
+        if len(numbers) == len(cells) > MOST_NUMBERS:
+            every = [found for cell in tables.text(table.column(name)) if (found := tables.number(cell)) is not None]
+            attributes[name] = {"kind": "continuous", "bins": _edges(every)}
+        elif not cells or len(cells) > MOST_GROUPS:
+            notes.append(f"Column {name} is not used: {len(cells)} distinct values.")
+        elif not name or set("*|") & set(name):
+            notes.append(f"Column {name!r} is not used: '*' and '|' write crossings.")
+        else:
+            attributes[name] = {}
+    return schema | {"attributes": attributes, "groups": list(attributes)}, notes
+
+
+def _edges(values: Sequence[float]) -> list[float]:
+    """The quartiles, rounded to about a fiftieth of the range, that leave a value on both sides; where most values are
+    the lowest, the one above it."""
+    lowest, highest = min(values), max(values)
+    digits = -math.floor(math.log10((highest - lowest) / 50))
+    if all(value.is_integer() for value in values):
+        digits = min(0, digits)
+    rounded = {round(float(edge), digits) for edge in np.quantile(values, (0.25, 0.5, 0.75))}
+    inside = sorted(edge for edge in rounded if lowest < edge <= highest)
+    return inside or [min(value for value in values if value > lowest)]
