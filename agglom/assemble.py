@@ -119,11 +119,6 @@ def _parts(job: Job, base: Path, world: World) -> tuple[Manifest, Plan, dict[str
         spaces = {name: groups.encode(name, manifest.attributes) for name in _trained_groups(job, teachers)}
     except ValueError as error:
         raise ConfigError(f"data.attributes: {error}") from error
-    if job.balance.group and not spaces[job.balance.group].values:
-        raise ConfigError(
-            f"balance.group: nobody is annotated with {job.balance.group!r} in {manifest.path}; "
-            "choose another attribute, or balance.kind: uniform without a group"
-        )
     return manifest, resolved, spaces, teachers
 
 

@@ -67,9 +67,14 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
     """Turn durations into steps and the batch into its parts.
 
     Raises ConfigError where the batch does not divide over `world` ranks, DeepSpeed's keys contradict agglom's, or a
-    warm-up is longer than its stage.
+    warm-up is longer than its stage, or nobody is annotated with the group that is balanced.
     """
     config.deepspeed(job, world)
+    if job.balance.group and not any(len(rows) for rows in manifest.view(job.balance.group).members.values()):
+        raise ConfigError(
+            f"balance.group: nobody is annotated with {job.balance.group!r} in {manifest.path}; "
+            "choose another attribute, or balance.kind: uniform without a group"
+        )
     batch, samples = job.optim.batch, len(manifest.rows("train"))
     stages: list[ResolvedStage] = []
     first_step = 0
@@ -137,6 +142,10 @@ def _warnings(job: Job, manifest: Manifest) -> Iterator[str]:
         yield "there are no test rows: the report is on val, whose patients also set thresholds and regularisation"
     if not job.data.labels:
         yield "there are no labels: the evaluation reports variance unexplained only, no AUROC"
+    for label, label_N in zip(manifest.labels, manifest.label_NL[manifest.split_N == "train"].T, strict=True):
+        positive, negative = int((label_N == 1).sum()), int((label_N == 0).sum())
+        if not (positive and negative):
+            yield f"label {label}: train has {positive} positive and {negative} negative images, so no probe is fitted"
     if not job.data.groups:
         yield "data.groups is empty: the report has no groups"
     counts = support(manifest, _names(job))

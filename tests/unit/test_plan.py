@@ -105,8 +105,15 @@ def test_warnings(job, manifest):
     assert "the normaliser is fitted on 6 images; below 3000" in warnings
     # Test patients: F 6 and 8, M nobody.
     assert "fewer than 2 test patients, so no interval is promised for: sex M (0), sex*view F|AP (1)" in warnings
+    assert "label ill: train has 0 positive and 6 negative images, so no probe is fitted" in warnings
     assert "sex F" not in warnings
     assert "no test rows" not in warnings
+
+
+def test_a_group_of_nobody_is_refused(job, manifest):
+    nobody = replace(manifest, attributes={"sex": (None,) * 12, "view": VIEW})
+    with pytest.raises(ConfigError, match=r"balance\.group: nobody is annotated with 'sex' in /data/table\.csv"):
+        plan.resolve(replace(job, balance=Balance(kind="group_dro", group="sex")), Path(), 1, nobody)
 
 
 def test_warnings_where_things_are_absent(job, manifest):
