@@ -146,7 +146,7 @@ def evaluate(
       (AUROC of 1) or a class has one patient: Wilson's interval under the largest possible variance, θ(1−θ)/min(m, n)
       (Birnbaum and Klose 1957).
     - auprc: average precision, Σ (R_k − R_{k−1}) P_k over the distinct scores as thresholds; its influence function on
-      the logit scale with Student's t. Covers 94 to 97 % in simulations of 200 to 1,000 rows, prevalence .2, AUROC .8
+      the logit scale with Student's t. Covers 93.5 to 97 % in simulations of 200 to 1,000 rows, prevalence .2, AUROC .8
       and .95, one or four images a patient; it errs towards high values, by .016 at 40 positives, by .005 at 200.
     - accuracy, tpr, fpr, ppv, npv, selection_rate: Wilson 1927 at the rows that the rate is conditional on divided by
       the design effect of the patients, never below 1. Rates of 0 and 1 say nothing of that effect: all images of a
@@ -530,15 +530,18 @@ def _ranks(y_N: Tensor, p_N: Tensor, group_N: Tensor, groups: int, order_N: Tens
     if order_N is None:
         p_N, order_N = p_N.sort()
     else:
-        p_N = p_N[order_N]
+        p_N = p_N.index_select(0, order_N)
         if not bool((p_N[1:] >= p_N[:-1]).all()):
             raise ValueError("order_N does not sort the scores; pass p_N.argsort()")
-    # One gather from a small table, as reading memory at random is what costs.
-    code_N = group_N.to(torch.int16 if groups < 2**14 else torch.int64, copy=True).mul_(2).add_(y_N)[order_N]
+    sizes = torch.bincount(group_N + 1, minlength=groups + 1).tolist()
+    # Of small integers, as these are quick to gather and to sort.
+    code_N = group_N.to(torch.int16 if groups < 2**14 else torch.int64, copy=True).mul_(2).add_(y_N)
+    code_N = code_N.index_select(0, order_N)
     del order_N
     y_N, group_N = (code_N % 2).bool(), code_N >> 1
-    members = ((group_N == group).nonzero()[:, 0] for group in range(groups))
-    ranked = [*(_ranked(y_N[rows], p_N[rows]) for rows in members), _ranked(y_N, p_N)]
+    members = group_N.argsort(stable=True).split(sizes)[1:]
+    ranked = [_ranked(y_N.index_select(0, rows), p_N.index_select(0, rows)) for rows in members]
+    ranked.append(_ranked(y_N, p_N))
     auroc_G, precision_G = torch.tensor(ranked, dtype=torch.float64).unbind(1)
     return auroc_G, precision_G
 
@@ -554,7 +557,7 @@ def _ranked(y_X: Tensor, p_X: Tensor) -> tuple[float, float]:
         new_X = torch.ones(stop - start, dtype=torch.bool)
         torch.ne(p_X[start + 1 : stop], p_X[start : stop - 1], out=new_X[1:])
         first_D = new_X.nonzero()[:, 0]
-        before_D = y_X[start:stop].cumsum(0)[first_D] - y_X[start:stop][first_D].long()
+        before_D = (y_X[start:stop].cumsum(0) - y_X[start:stop].long()).index_select(0, first_D)
         ends = torch.tensor([int(y_X[start:stop].sum()), stop - start])
         pos_D = torch.diff(before_D, append=ends[:1]).double()
         row_D = torch.diff(first_D, append=ends[1:]).double()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from agglom.core.streaming import RATES, rate
+from agglom.core.influence import rate
+from agglom.core.metrics import THRESHOLDED
 
 # Rows times draws handled at once, which bounds memory.
 CHUNK = 2**17
@@ -107,8 +108,8 @@ def permutation_null(
     that cannot be used.
     """
     _check(y_N, p_N[None], patient_N, group_N, groups)
-    if metric not in ("auroc", *RATES):
-        raise ValueError(f"metric {metric!r} has no null; known: auroc, {', '.join(RATES)}")
+    if metric not in ("auroc", *THRESHOLDED):
+        raise ValueError(f"metric {metric!r} has no null; known: auroc, {', '.join(sorted(THRESHOLDED))}")
     if metric != "auroc" and math.isnan(threshold):
         raise ValueError(f"{metric} needs a threshold; choose it on the validation split")
     if permutations < 1:

@@ -15,18 +15,6 @@ from torch import Tensor
 
 from agglom.core.metrics import BINS
 
-# Sums of TP, FP, FN, TN whose ratio is the metric.
-_RATES = {
-    "accuracy": ((1, 0, 0, 1), (1, 1, 1, 1)),
-    "f1": ((2, 0, 0, 0), (2, 1, 1, 0)),
-    "tpr": ((1, 0, 0, 0), (1, 0, 1, 0)),
-    "fpr": ((0, 1, 0, 0), (0, 1, 0, 1)),
-    "ppv": ((1, 0, 0, 0), (1, 1, 0, 0)),
-    "npv": ((0, 0, 0, 1), (0, 0, 1, 1)),
-    "selection_rate": ((1, 1, 0, 0), (1, 1, 1, 1)),
-}
-RATES = (*_RATES, "balanced_accuracy")
-
 
 class Bounded(NamedTuple):
     """A value for each group and, last, for all rows, with bounds that hold for certain."""
@@ -140,14 +128,6 @@ class ScoreHistogram:
         """Expected calibration error over the ten bins of `metrics`, (G,)."""
         n_GB, p_GB, y_GB = _with_overall(self.calibration_GB3).unbind(2)
         return (p_GB - y_GB).abs().sum(1) / n_GB.sum(1)
-
-
-def rate(metric: str, confusion_G4: Tensor) -> Tensor:
-    """A thresholded metric of `metrics` from counts of TP, FP, FN, TN, (G,); NaN where it divides by 0."""
-    if metric == "balanced_accuracy":
-        return (rate("tpr", confusion_G4) + 1 - rate("fpr", confusion_G4)) / 2
-    part, whole = (torch.tensor(sums, dtype=torch.float64) for sums in _RATES[metric])
-    return (confusion_G4.double() @ part) / (confusion_G4.double() @ whole)
 
 
 def _with_overall(sum_G: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agglom.core.metrics import evaluate, evaluate_groups
-from agglom.core.streaming import RATES, ScoreHistogram, rate
+from agglom.core.influence import rate
+from agglom.core.metrics import THRESHOLDED, evaluate, evaluate_groups
+from agglom.core.streaming import ScoreHistogram
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 rows_of_a_case = st.lists(
@@ -82,7 +83,7 @@ def test_rates_are_those_of_scikit_learn():
         "npv": sk.precision_score(~y, ~said),
         "selection_rate": said.mean(),
     }
-    assert set(expected) == set(RATES)
+    assert set(expected) == THRESHOLDED
     for metric, value in expected.items():
         assert rate(metric, confusion).tolist() == pytest.approx([value, value], abs=1e-12)
 
