@@ -153,7 +153,9 @@ def test_the_output_tree_is_what_the_run_wrote(used):
     exported = {path.name for path in (out / "export").iterdir()}
     assert exported == {path.removeprefix("export/") for path in drawn if path.startswith("export/")} - {""}
     reports = {path.name for path in (out / "reports").iterdir()}
-    assert reports == {f"{stage}.{kind}" for stage in ("teachers", "full") for kind in ("html", "md", "json", "csv")}
+    assert reports == {
+        f"{stage}.{kind}" for stage in ("teachers", "full") for kind in ("html", "md", "json", "csv", "scores.parquet")
+    }
 
 
 def test_the_report_of_the_run_has_the_keys_and_predictors_that_are_named(used):
@@ -217,7 +219,7 @@ def test_links_and_files_exist(name):
 
 def test_verbs_and_their_flags_are_those_of_the_command_line():
     rows = re.findall(r"^\| `(\w+)` \| .* \| (.*)\|$", README[README.index("\n## Verbs") :], re.MULTILINE)
-    table = {verb: set(re.findall(r"`(--\w+)`", flags)) for verb, flags in rows}
+    table = {verb: set(re.findall(r"`(--[\w-]+)`", flags)) for verb, flags in rows}
     hidden = {"--debug", *cli.LAUNCHED}
     assert table == {verb: set(flags) - hidden for verb, flags in cli.FLAGS.items()}
 
@@ -236,7 +238,7 @@ def test_every_command_has_a_verb_and_flags_that_exist():
             assert flags <= SIMULATE, words
     assert seen >= {"plan", "distill", "evaluate", "compare", "export", "list", "check"}
     known = {flag for flags in cli.FLAGS.values() for flag in flags} | LAUNCHER
-    assert set(re.findall(r"(?<![\w-])(--\w+)", PROSE)) <= known
+    assert set(re.findall(r"(?<![\w-])(--\w[\w-]*)", PROSE)) <= known
 
 
 def test_kinds_balancers_and_launch_scripts_are_those_that_there_are():
