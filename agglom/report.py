@@ -246,8 +246,14 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": findings.number, "estimate": findings.estimate, "markdown": _markdown}
+    environment.filters |= {
+        **{"number": findings.number, "interval": findings.interval, "estimate": findings.estimate},
+        **{"notes": findings.gap_notes, "listed": findings.listed, "p_value": findings.p_value, "markdown": _markdown},
+    }
     environment.globals |= {"verdict": findings.verdict, "count": findings.count, "FVU_BAR": findings.FVU_BAR}
+    environment.globals |= {
+        name: list(getattr(findings, name).values()) for name in ("RATES", "QUALITIES", "SPREADS", "CRITERIA")
+    }
     return environment
 
 

@@ -95,7 +95,8 @@ def make_rows(stage="full", labels=("even",), lift=0.0, student=True, seed=0):
         for p in names:
             for metric, base in (("auroc", 0.08), ("tpr", 0.12), ("fpr", 0.09)):
                 place, more = ("device", "all"), {"n": 400, "status": "ok"}
-                rows.append(row(stage, p, f"{metric}_gap", label, place, base, 0.05, note="A − B", **more))
+                null = {"p_value": 0.021, "null_hi": 0.057, "corrected": base - 0.033, "detectable": 0.063}
+                rows.append(row(stage, p, f"{metric}_gap", label, place, base, 0.05, note="A − B", **more, **null))
                 rows.append(row(stage, p, f"{metric}_worst", label, place, 0.86, 0.06, note="B", **more))
     return rows + (make_fvu(stage, draw) if student else [])
 
@@ -279,8 +280,8 @@ def test_missing_report_is_a_data_error(tmp_path):
 @pytest.mark.parametrize("suffix", [".md", ".html"])
 def test_every_number_shown_is_a_rows(one, texts, suffix):
     rows = one.rows + [row for _, past in one.context["history"] for row in past]
-    keys = ("value", "lo", "hi", "threshold")
-    known = {f"{abs(row[key]):.3f}" for row in rows for key in keys if row[key] is not None}
+    keys = [key for key in report.NUMBERS if key not in ("n", "n_pos", "n_neg", "n_patients")]
+    known = {f"{abs(row[key]):.3f}" for row in rows for key in keys if row.get(key) is not None}
     text = visible(texts[suffix])
     shown = set(re.findall(r"(?<![\d.])\d+\.\d{3}(?!\d)", text))
     assert len(shown) > 100
@@ -374,9 +375,98 @@ def test_finding_is_drawn_from_groups_with_support_only(tmp_path):
 
 
 def test_gap_that_reaches_zero_is_not_a_difference(tmp_path):
-    rows = [one | {"lo": 0.0} if one["metric"] == "auroc_gap" else one for one in make_rows()]
+    rows = [one | {"lo": 0.0, "p_value": 0.4} if one["metric"] == "auroc_gap" else one for one in make_rows()]
     assert "this reaches 0, so we cannot tell whether they differ" in render(tmp_path, rows)[0]
     assert "apart: the groups differ." in render(tmp_path, make_rows())[0]
+
+
+def gap_of(**more):
+    rows = [one | more if one["metric"] == "auroc_gap" else one for one in make_rows()]
+    return [{"unknown_lo": None, "unknown_hi": None} | one for one in rows]
+
+
+@pytest.mark.parametrize(
+    ("more", "said", "unsaid"),
+    [
+        ({}, "the groups differ. Groups that do not differ would show up to 0.057", "smallest gap"),
+        (
+            {"lo": 0.0},
+            "reaches 0, but groups that do not differ would rarely show so large a gap (p = 0.021)",
+            "tell w",
+        ),
+        ({"lo": 0.0, "p_value": 0.4}, "cannot tell whether they differ. Groups that do not differ would", "rarely"),
+        ({"lo": 0.0, "p_value": 0.4}, "would show four times in five is 0.063", "seem to differ"),
+        ({"lo": 0.0, "detectable": 1.2}, "No gap between these groups would be found", "smallest gap"),
+        ({"p_value": 0.0001}, "by chance in 19 of 20 cases (p < 0.001); less", "p = 0.000"),
+    ],
+)
+def test_gap_is_told_with_its_null_and_with_what_could_be_found(tmp_path, more, said, unsaid):
+    for text in render(tmp_path, gap_of(**more), history=[]):
+        first = html.unescape(text).replace("\\<", "<").split("How well")[0]
+        assert said in first
+        assert unsaid not in first
+
+
+def test_bounds_of_the_unknown_are_one_sentence(tmp_path):
+    rows = gap_of(unknown_lo=0.0123, unknown_hi=0.456)
+    unknown = {"attribute": "device", "group": None, "split": "test", "n_images": 28, "n_patients": 25}
+    markdown, page = render(tmp_path, rows, history=[], groups=[unknown])
+    sentence = "the AUROC gap would be 0.012 to 0.456 for “even” and the student, before the play of chance"
+    assert sentence in markdown
+    assert sentence in page
+    assert "unknown: 0.012 to 0.456" in visible(page)
+
+
+def test_thresholds_of_groups_are_a_labelled_variant(tmp_path):
+    own = [
+        one | {"rule": "group", "threshold": 0.77, "value": 0.987654, "lo": 0.9, "hi": 1.0}
+        for one in make_rows()
+        if one["metric"] in ("tpr", "fpr") and one["group"] != "all"
+    ]
+    plain = make_rows()
+    assert "a threshold for each group" not in render(tmp_path, plain, history=[])[1]
+    for text in render(tmp_path, plain + own, history=[]):
+        before, after = text.split("Variant: a threshold for each group")
+        assert "0.988" not in before
+        assert "0.988" in after
+        assert "0.770" in after
+
+
+def make_audit():
+    """Three systems, of which nothing is known but their scores, with a curve over age."""
+    names = {"student": "vendor-a", "teacher/dinov2": "vendor-b", "ensemble": "triage"}
+    rows = [one | {"predictor": names[one["predictor"]]} for one in make_rows() if one["predictor"] in names]
+    rows = [one | {"readout": "scores"} for one in rows if one["readout"] == "linear"]
+    pairs = [one for one in make_rows() if one["predictor"] == "student - teacher/dinov2" and one["metric"] == "auroc"]
+    rows += [one | {"predictor": "vendor-b - vendor-a", "readout": "scores", "p_holm": 0.0321} for one in pairs]
+    for name, age in itertools.product(names.values(), (20, 50, 80)):
+        made = row("full", name, "auroc_curve", "even", ("age", f"{age}"), 0.8 + age / 1000, 0.05, 99, "ok")
+        rows.append(made | {"readout": "scores"})
+    return rows
+
+
+def test_audit_of_somebodys_scores(tmp_path):
+    markdown, page = render(tmp_path, make_audit(), history=[])
+    assert "score" in lead(markdown)
+    assert "device B (simulated)" in lead(markdown)
+    for text in (markdown, visible(page)):
+        assert not re.search("student|teacher|linear probe", text)
+        assert "On the same patients, vendor-b minus vendor-a is" in text
+        assert "vendor-b − vendor-a" in text
+        assert "0.032" in text
+    assert "the first scores" in page
+    assert re.search(r"\| vendor-a \| 0\.820 .*\| 0\.850 .*\| 0\.880 ", markdown)
+    assert "age 50" not in page
+
+
+def test_figures_for_models_attributes_and_curves(one, tmp_path):
+    _, page = render(tmp_path, make_audit(), history=[])
+    assert page.count('class="area"') == 3
+    chart = re.search(r'<title id="tradeoff-1-1">(.*?)</title>', page, re.S)[1]
+    assert all(name in chart for name in ("vendor-a", "vendor-b", "triage"))
+    _, page = render(tmp_path, one.rows)
+    chart = re.search(r'<title id="tradeoff-1-1">(.*?)</title>', page, re.S)[1]
+    assert re.search(r"student: warm \d\.\d{3}, 0\.860; \d\.\d{3}, 0\.860\.", chart)
 
 
 def test_split_and_simulation_are_named(tmp_path):
