@@ -139,7 +139,7 @@ class Engine:
         """Accumulate the gradient; `objective` is this micro-batch's share of the global sum."""
         self._engine.backward(objective * self._undo_division)
 
-    def step(self, lr: float, trunk_lr_scale: float = 1.0) -> None:
+    def step(self, lr: float, trunk_lr_scale: float) -> None:
         """Apply what has been accumulated: the heads learn at `lr`, the trunk at that times its scale.
 
         Call once per micro-batch, DeepSpeed acts on the last one.

@@ -99,9 +99,8 @@ def nih(found: report.GroupReport, figures: dict[str, Any] | None) -> tuple[str,
         f"# NIH ChestX-ray14 extract: student and teachers after stage `{found.stage}`",
         f"776 real chest X-rays of 197 patients; headline split `{split}`. Made on {MACHINE}; {versions()}:",
         "```\n" + "\n".join((START, DISTIL, SEX, RECORD)) + "\n```",
-        "The student starts from the weights of its teacher `lite0`, as in 300 steps on 463 images no network at hand "
-        "learnt that teacher from elsewhere: its variance unexplained tells how much of `lite0` was kept, that of "
-        "`dinov2` and `erased` how much was learnt.",
+        "The student starts from the weights of its teacher `lite0`: its variance unexplained tells how much of "
+        "`lite0` was kept, that of `dinov2` and `erased` how much was learnt.",
         "A row with a status other than `ok` has fewer than 30 patients of one class: its value is given, its interval "
         "is not promised. `all` is below that minimum too where the split has fewer.",
     ]

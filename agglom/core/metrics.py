@@ -28,7 +28,8 @@ An undefined value is NaN with a status and its counts, never a filler:
 | selection_rate | – | any rows (below_min_pos) |
 
 Promised at 95 % and checked by simulation: 95 ± 2 for one group and for a paired difference with 30 patients a class.
-Known limits: about 92 % for differences from an AUROC of .99, and when a few patients hold most of the images.
+ECE covers 97 to 100 in samples of up to 1,000 patients. Known limits: about 92 % for differences from an AUROC of .99,
+and when a few patients hold most of the images.
 """
 
 from __future__ import annotations
@@ -267,12 +268,8 @@ def paired(
     A one-sided 95 % bound is `lo` or `hi` at level .90. Raises ValueError as `evaluate` does.
     """
     _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b), level)
-    columns, patient_N = (a_N.double(), b_N.double()), _codes(patient_N)
-    thresholds = (threshold_a, threshold_b)
-    status = _status(metric, y_N.bool(), columns, thresholds, patient_N, min_patients)
-    if status in _UNDEFINED:
-        return _estimate(y_N, patient_N, status, _NOTHING)
-    at = _difference(metric, y_N.bool(), columns, thresholds, patient_N, replicates, seed)
+    thresholds, patient_N = (threshold_a, threshold_b), _codes(patient_N)
+    status, at = _difference(metric, y_N, (a_N, b_N), thresholds, patient_N, min_patients, replicates, seed)
     return _estimate(y_N, patient_N, status, at(level))
 
 
@@ -295,11 +292,10 @@ def paired_p(
     difference is undefined. Raises ValueError as `evaluate` does.
     """
     _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b), 0.95)
-    columns, patient_N = (a_N.double(), b_N.double()), _codes(patient_N)
-    thresholds = (threshold_a, threshold_b)
-    if _status(metric, y_N.bool(), columns, thresholds, patient_N, 1) in _UNDEFINED:
+    thresholds, patient_N = (threshold_a, threshold_b), _codes(patient_N)
+    status, at = _difference(metric, y_N, (a_N, b_N), thresholds, patient_N, 1, replicates, seed)
+    if status in _UNDEFINED:
         return math.nan
-    at = _difference(metric, y_N.bool(), columns, thresholds, patient_N, replicates, seed)
     smallest = 2 / (replicates + 1) if metric in _CALIBRATION else 1e-15
     inside, outside = math.log10(smallest), 0.0
     for _ in range(50):
@@ -495,17 +491,23 @@ def _status(
 def _difference(
     metric: str,
     y_N: Tensor,
-    columns: Sequence[Tensor],
+    scores: Sequence[Tensor],
     thresholds: Sequence[float],
     patient_N: Tensor,
+    min_patients: int,
     replicates: int,
     seed: int,
-) -> Callable[[float], Interval]:
-    """The interval of the first column's metric minus the second's, as a function of its level."""
+) -> tuple[str, Callable[[float], Interval]]:
+    """The status, and the interval of the first scores' metric minus the second's as a function of its level."""
+    y_N, columns = y_N.bool(), [p_N.double() for p_N in scores]
+    status = _status(metric, y_N, columns, thresholds, patient_N, min_patients)
+    if status in _UNDEFINED:
+        return status, lambda level: _NOTHING
     if metric in _CALIBRATION:
-        return partial(calibration.interval, calibration.draw(metric, y_N, columns, patient_N, replicates, seed))
+        drawn = calibration.draw(metric, y_N, columns, patient_N, replicates, seed)
+        return status, partial(calibration.interval, drawn)
     a, b = (influence.linearise(metric, y_N, *pair, patient_N) for pair in zip(columns, thresholds, strict=True))
-    return partial(influence.difference, *influence.less(a, b))
+    return status, partial(influence.difference, *influence.less(a, b))
 
 
 def _sums(y_N: Tensor, p_N: Tensor, group_N: Tensor, groups: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
