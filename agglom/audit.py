@@ -33,6 +33,7 @@ from agglom.scores import Scores
 
 # Of the other readouts of a label only AUROC is reported: they are a second look, not a second report.
 MAIN = ("linear", "zeroshot", scores.READOUT)
+LEVEL = 0.95
 SUMMARISED = ("auroc", "tpr", "fpr", "accuracy", "ppv", "ece", "selection_rate")
 NULLED = ("auroc", "tpr", "fpr")
 TESTED = frozenset({"auroc", *THRESHOLDED})
@@ -179,14 +180,14 @@ class _Sample:
         place = self.place_M[rows]
         return torch.as_tensor(place[place >= 0])
 
-    def measure(self, metric: str, name: str, rows_X: Tensor, cut: float, *, level: float = 0.95) -> Estimate:
-        return metrics.evaluate(
+    def measured(self, metric: str, name: str, rows_X: Tensor, cut: float) -> Callable[[float], Estimate]:
+        """The metric of one predictor in one group, as a function of the level of its interval."""
+        return metrics.at_level(
             metric,
             self.y_N[rows_X],
             self.score_PN[name][rows_X],
             self.patient_N[rows_X],
             threshold=cut if metric in THRESHOLDED else math.nan,
-            level=level,
             **self.common,
         )
 
@@ -237,17 +238,12 @@ def _levels(sample: _Sample, view: View, cuts: Mapping[str, float], full: bool) 
     for metric in sample.metrics:
         for name, cut in cuts.items():
             bounds = _bounds(sample, metric, name, cut, members, unknown_X) if full else {}
-            for group, rows_X in members.items():
-                found = sample.row(
-                    name,
-                    metric,
-                    (view.attribute, group),
-                    sample.measure(metric, name, rows_X, cut),
-                    **_cut(metric, cut),
-                )
+            at = {group: sample.measured(metric, name, rows_X, cut) for group, rows_X in members.items()}
+            for group, measured in at.items():
+                found = sample.row(name, metric, (view.attribute, group), measured(LEVEL), **_cut(metric, cut))
                 yield found | dict(zip(("unknown_lo", "unknown_hi"), bounds.get(group, ()), strict=False))
             if len(members) > 1 and metric in SUMMARISED:
-                yield from _summaries(sample, metric, name, cut, view, bounds, full)
+                yield from _summaries(sample, metric, name, cut, view, at, bounds, full)
 
 
 def _bounds(
@@ -271,16 +267,17 @@ def _summaries(
     name: str,
     cut: float,
     view: View,
+    at: Mapping[str, Callable[[float], Estimate]],
     bounds: Mapping[str, tuple[float, float]],
     full: bool,
 ) -> Iterator[Row]:
     """Gap, worst group, ratio and gap to everybody; what fairness criteria call some of them; ES-AUROC."""
     members, groups = sample.members(view), list(view.members)
 
-    def at(metric: str, shares: int) -> list[Estimate]:
-        """The groups with intervals that hold together with those of `shares` intervals in all."""
-        level = metrics.simultaneous(0.95, shares)
-        return [sample.measure(metric, name, rows_X, cut, level=level) for rows_X in members.values()]
+    def together(shares: int, measured: Iterable[Callable[[float], Estimate]] = at.values()) -> list[Estimate]:
+        """Intervals that hold together, as a part of `shares` in all."""
+        level = metrics.simultaneous(LEVEL, shares)
+        return [one(level) for one in measured]
 
     def said(summary: str, across: Across, note: str) -> Row:
         share = {group: len(members[group]) / len(sample.y_N) for group in groups}
@@ -289,8 +286,7 @@ def _summaries(
         place, mine = (view.attribute, "all"), _cut(metric, cut)
         return sample.row(name, summary, place, across.estimate, **mine, note=note.removeprefix("; "))
 
-    # ECE is bootstrapped: the gap is read from the intervals that everybody's joins, a little wider than need be.
-    wide = at(metric, len(groups) + (metric == "ece"))
+    wide = together(len(groups))
     assigned = [
         one._replace(lo=bounds[group][0], hi=bounds[group][1]) if group in bounds else one
         for group, one in zip(groups, wide, strict=True)
@@ -315,16 +311,16 @@ def _summaries(
         yield found
         if summary == "gap" and metric in CRITERIA:
             yield found | {"metric": CRITERIA[metric]}
-    level = metrics.simultaneous(0.95, len(groups) + 1)
-    overall = sample.measure(metric, name, sample.everybody, cut, level=level)
-    wide = wide if metric == "ece" else at(metric, len(groups) + 1)
+    everybody = sample.measured(metric, name, sample.everybody, cut)
+    overall, *wide = together(len(groups) + 1, [everybody, *at.values()])
     across = disparity.gap_to_overall(overall, wide)
     yield said(f"{metric}_gap_to_overall", across, "".join(groups[index] for index in across.groups))
     if metric == "auroc":
         yield said("auroc_es", disparity.equity_scaled(overall, wide, "sum"), f"{len(groups)} groups")
         yield said("auroc_es_std", disparity.equity_scaled(overall, wide, "std"), f"{len(groups)} groups")
     if metric == "tpr":
-        across = disparity.equalized_odds(at("tpr", 2 * len(groups)), at("fpr", 2 * len(groups)))
+        fpr = [sample.measured("fpr", name, rows_X, cut) for rows_X in members.values()]
+        across = disparity.equalized_odds(together(2 * len(groups)), together(2 * len(groups), fpr))
         yield said("equalized_odds_difference", across, " − ".join(groups[index] for index in across.groups))
 
 
@@ -362,7 +358,7 @@ def _group_thresholds(sample: _Sample, val: _Sample, view: View) -> Iterator[Row
         for name in sample.score_PN:
             for group, rows_X in members.items():
                 cut, said = cuts[group]
-                estimate = sample.measure(metric, name, rows_X, cut.get(name, 0.5))
+                estimate = sample.measured(metric, name, rows_X, cut.get(name, 0.5))(LEVEL)
                 if not cut and estimate.status != "empty":
                     nan = math.nan
                     estimate = estimate._replace(value=nan, lo=nan, hi=nan, status="single_class", method="none")
@@ -426,7 +422,7 @@ def _curve(sample: _Sample, attribute: str, number_M: np.ndarray) -> Iterator[Ro
         near_X = far_X <= radius
         note = f"from {number_X[near_X].min():g} to {number_X[near_X].max():g}"
         for name in sample.score_PN:
-            estimate = sample.measure("auroc", name, rows_X[torch.as_tensor(near_X)], math.nan)
+            estimate = sample.measured("auroc", name, rows_X[torch.as_tensor(near_X)], math.nan)(LEVEL)
             yield sample.row(name, "auroc_curve", (attribute, f"{centre:g}"), estimate, note=note)
 
 

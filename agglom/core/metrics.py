@@ -168,16 +168,39 @@ def evaluate(
 
     Raises ValueError for a metric, shape, label, score, threshold or level that cannot be used.
     """
-    _check(metric, y_N, {"p_N": p_N}, patient_N, (threshold,), level)
+    common = {"min_patients": min_patients, "replicates": replicates, "seed": seed}
+    return at_level(metric, y_N, p_N, patient_N, threshold=threshold, **common)(level)
+
+
+def at_level(
+    metric: str,
+    y_N: Tensor,
+    p_N: Tensor,
+    patient_N: Tensor,
+    *,
+    threshold: float = math.nan,
+    min_patients: int = MIN_PATIENTS,
+    replicates: int = 1000,
+    seed: int = 0,
+) -> Callable[[float], Estimate]:
+    """`evaluate` as a function of its level, for several levels on the same draws of patients."""
+    _check(metric, y_N, {"p_N": p_N}, patient_N, (threshold,))
     patient_N, columns = _codes(patient_N), (p_N.double(),)
     status = _status(metric, y_N.bool(), columns, (threshold,), patient_N, min_patients)
+    interval: Callable[[float], Interval]
     if status in _UNDEFINED:
-        found = _NOTHING
+        interval = _nothing
     elif metric in _CALIBRATION:
-        found = calibration.interval(calibration.draw(metric, y_N.bool(), columns, patient_N, replicates, seed), level)
+        drawn = calibration.draw(metric, y_N.bool(), columns, patient_N, replicates, seed)
+        interval = partial(calibration.interval, drawn)
     else:
-        found = influence.interval(metric, y_N.bool(), columns[0], threshold, patient_N, level)
-    return _estimate(y_N, patient_N, status, found)
+        interval = partial(influence.interval, metric, y_N.bool(), columns[0], threshold, patient_N)
+
+    def estimate(level: float) -> Estimate:
+        _check_level(level)
+        return _estimate(y_N, patient_N, status, interval(level))
+
+    return estimate
 
 
 def evaluate_groups(
@@ -198,7 +221,7 @@ def evaluate_groups(
 
     Raises ValueError as `evaluate` does, and for ids outside −1 … groups − 1.
     """
-    _check(metric, y_N, {"p_N": p_N}, patient_N, (threshold,), level)
+    _check(metric, y_N, {"p_N": p_N}, patient_N, (threshold,))
     _check_groups(y_N, group_N, groups)
     sizes = torch.bincount(group_N + 1, minlength=groups + 1).tolist()
     one = partial(evaluate, metric, threshold=threshold, level=level)
@@ -223,7 +246,7 @@ def tabulate(
     `ece_debiased` needs `patient_N` for that, without it every row is a patient of its own. Undefined is NaN.
     Raises ValueError as `evaluate_groups` does, and for an order that does not sort the scores.
     """
-    _check("ece", y_N, {"p_N": p_N}, y_N if patient_N is None else patient_N, (threshold,), 0.95)
+    _check("ece", y_N, {"p_N": p_N}, y_N if patient_N is None else patient_N, (threshold,))
     _check_shape(y_N, "order_N", y_N if order_N is None else order_N)
     if math.isnan(threshold):
         raise ValueError("tabulate needs a threshold; choose it on the validation split")
@@ -267,7 +290,8 @@ def paired(
     takes the least favourable side in every bin that may be calibrated.
     A one-sided 95 % bound is `lo` or `hi` at level .90. Raises ValueError as `evaluate` does.
     """
-    _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b), level)
+    _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b))
+    _check_level(level)
     thresholds, patient_N = (threshold_a, threshold_b), _codes(patient_N)
     status, at = _difference(metric, y_N, (a_N, b_N), thresholds, patient_N, min_patients, replicates, seed)
     return _estimate(y_N, patient_N, status, at(level))
@@ -291,7 +315,7 @@ def paired_p(
     that never differ are in it. Not below 1e-15, for the two ECE not below 2 / (replicates + 1). NaN where the
     difference is undefined. Raises ValueError as `evaluate` does.
     """
-    _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b), 0.95)
+    _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b))
     thresholds, patient_N = (threshold_a, threshold_b), _codes(patient_N)
     status, at = _difference(metric, y_N, (a_N, b_N), thresholds, patient_N, 1, replicates, seed)
     if status in _UNDEFINED:
@@ -416,11 +440,9 @@ def _check(
     columns: dict[str, Tensor],
     patient_N: Tensor,
     thresholds: Sequence[float],
-    level: float,
 ) -> None:
     if metric not in METRICS:
         raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
-    _check_level(level)
     if metric in THRESHOLDED and any(map(math.isnan, thresholds)):
         raise ValueError(f"{metric} needs a threshold; choose it on the validation split")
     for name, value_N in (*columns.items(), ("patient_N", patient_N)):
@@ -502,7 +524,7 @@ def _difference(
     y_N, columns = y_N.bool(), [p_N.double() for p_N in scores]
     status = _status(metric, y_N, columns, thresholds, patient_N, min_patients)
     if status in _UNDEFINED:
-        return status, lambda level: _NOTHING
+        return status, _nothing
     if metric in _CALIBRATION:
         drawn = calibration.draw(metric, y_N, columns, patient_N, replicates, seed)
         return status, partial(calibration.interval, drawn)
@@ -575,6 +597,10 @@ def _debiased(y_X: Tensor, p_X: Tensor, patient_X: Tensor) -> Tensor:
         return torch.tensor(math.nan, dtype=torch.float64)
     patient_X = _codes(patient_X)
     return calibration.debiased(calibration.residuals(y_X, p_X, patient_X), torch.bincount(patient_X))
+
+
+def _nothing(level: float) -> Interval:
+    return _NOTHING
 
 
 def _usable(estimates: Sequence[Estimate]) -> tuple[list[int], tuple[tuple[int, str], ...]]:
