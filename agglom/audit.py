@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agglom import config, plan, probes, report, scores
-from agglom.config import Data, Evaluate
+from agglom import config, curves, overlaps, plan, probes, report, samples, scores
+from agglom.config import Data
 from agglom.core import disparity, metrics, resample
 from agglom.core.metrics import METRICS, THRESHOLDED, Across, Estimate
 from agglom.data import manifest as manifests
 from agglom.data import tables
 from agglom.data.manifest import Manifest, View
-from agglom.findings import Row, unique
+from agglom.errors import DataError
+from agglom.overlaps import Overlaps
+from agglom.reading import Row, unique
 from agglom.report import GroupReport
+from agglom.samples import MAIN, TESTED, Binary, Sample, Settings
 from agglom.scores import Scores
 
-# Of the other readouts of a label only AUROC is reported: they are a second look, not a second report.
-MAIN = ("linear", "zeroshot", scores.READOUT)
 LEVEL = 0.95
-SUMMARISED = ("auroc", "tpr", "fpr", "accuracy", "ppv", "ece", "selection_rate")
+SUMMARISED = ("auroc", "tpr", "fpr", "accuracy", "ppv", "ece", "selection_rate", *overlaps.METRICS)
 NULLED = ("auroc", "tpr", "fpr")
-TESTED = frozenset({"auroc", *THRESHOLDED})
 # The names that some gaps have among the fairness criteria.
 CRITERIA = {"selection_rate": "demographic_parity_difference", "tpr": "equal_opportunity_difference"}
 # The curve over a continuous attribute: where its windows are centred, and the share of patients in each.
@@ -45,20 +45,6 @@ WINDOW = 0.2
 # Columns that may name the patient, and when a column without a schema is taken for numbers, groups or neither.
 PATIENTS = ("patient", "patient_id", "subject_id")
 MOST_NUMBERS, MOST_GROUPS = 12, 20
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the measurement depends on besides the data; see `config.Data` and `config.Evaluate`."""
-
-    min_patients: int
-    replicates: int
-    permutations: int
-    seed: int
-
-    @staticmethod
-    def of(data: Data, evaluate: Evaluate, seed: int) -> Settings:
-        return Settings(data.min_support, evaluate.bootstrap, evaluate.permutations, seed)
 
 
 def rows(
@@ -73,26 +59,51 @@ def rows(
     - `auroc_curve` over a continuous attribute, whose groups are the centres of windows.
 
     Group thresholds, nulls, bounds, p-values and curves are for the headline split and the readouts in `MAIN` alone.
-    Adds to `notes` what a reader must know.
+    Adds to `notes` what a reader must know. The classes of a column come with the label that they make up, see
+    `core.multiclass`.
     """
     views = [manifest.view(name) for name in ("", *groups)]
+    whole = {
+        column: [f"{column}={value}" for value in values]
+        for column, values in manifest.classes.items()
+        if {f"{column}={value}" for value in values} <= set(found.labels)
+    }
     for label in found.labels:
+        column = label.partition("=")[0]
         for readout in unique(found.readouts):
-            val, test = (_sample(found, manifest, label, readout, split, settings) for split in ("val", "test"))
+            val, test = (samples.binary(found, manifest, label, readout, split, settings) for split in ("val", "test"))
+            if column in whole and label == whole[column][0]:
+                for split in ("val", "test"):
+                    together = samples.classes(found, manifest, column, readout, split, settings)
+                    yield from _report(together, views, dict.fromkeys(together.predictors, math.nan), manifest)
             cuts, said = _thresholds(val, val.everybody)
             notes += [f"{label}: {said}, so thresholds are .5."] if said and readout in MAIN else []
-            cuts = cuts or dict.fromkeys(val.score_PN, 0.5)
+            cuts = cuts or dict.fromkeys(val.predictors, 0.5)
             for sample in (val, test):
-                if not len(sample.y_N):
-                    continue
-                full = readout in MAIN and sample.split == manifest.headline
-                for view in views:
-                    yield from _levels(sample, view, cuts, full)
-                    yield from _differences(sample, view, cuts, full)
-                    if full and view.attribute:
-                        yield from _group_thresholds(sample, val, view)
-                    if full and view.attribute in manifest.numbers:
-                        yield from _curve(sample, view.attribute, manifest.numbers[view.attribute])
+                yield from _report(sample, views, cuts, manifest)
+            if readout in MAIN:
+                headline = test if manifest.headline == "test" else val
+                for view in views[1:] if len(headline) else ():
+                    yield from _group_thresholds(headline, val, view)
+
+
+def overlap_rows(found: Overlaps, manifest: Manifest, groups: Sequence[str], settings: Settings) -> Iterator[Row]:
+    """The same of masks: Dice and IoU, their summaries over groups, and paired differences."""
+    views = [manifest.view(name) for name in ("", *groups)]
+    for label in found.labels:
+        for split in ("val", "test"):
+            sample = samples.masks(found, manifest, label, split, settings)
+            yield from _report(sample, views, dict.fromkeys(sample.predictors, math.nan), manifest)
+
+
+def _report(sample: Sample, views: Sequence[View], cuts: Mapping[str, float], manifest: Manifest) -> Iterator[Row]:
+    """The rows of one sample; the costly ones of the headline alone."""
+    full = sample.readout in MAIN and sample.split == manifest.headline
+    for view in views if len(sample) else ():
+        yield from _levels(sample, view, cuts, full)
+        yield from _differences(sample, view, cuts, full)
+        if full and isinstance(sample, Binary) and view.attribute in manifest.numbers:
+            yield from _curve(sample, view.attribute, manifest.numbers[view.attribute])
 
 
 def pairs(predictors: Sequence[str]) -> list[tuple[str, str]]:
@@ -102,30 +113,6 @@ def pairs(predictors: Sequence[str]) -> list[tuple[str, str]]:
     if "student" in predictors:
         return [("student", name) for name in teachers or predictors if name != "student"]
     return [] if teachers else [(name, predictors[0]) for name in predictors[1:]]
-
-
-def row(predictor: str, metric: str, place: tuple[str, str], split: str, estimate: Estimate, **more: Any) -> Row:
-    """A row of a report at `place` (attribute, group)."""
-    plain = dict.fromkeys(report.COLUMNS) | {"label": "", "readout": "none", "target": "", "note": "", "rule": ""}
-    del plain["stage"]
-    e = estimate
-    return plain | {
-        "predictor": predictor,
-        "metric": metric,
-        "attribute": place[0],
-        "group": place[1],
-        "value": e.value,
-        "lo": e.lo,
-        "hi": e.hi,
-        "n": e.n,
-        "n_pos": e.n_pos,
-        "n_neg": e.n_neg,
-        "status": e.status,
-        "split": split,
-        "n_patients": e.n_patients,
-        "ci_method": e.method,
-        **more,
-    }
 
 
 def context(manifest: Manifest, data: Data, seed: int, notes: Iterable[str]) -> dict[str, Any]:
@@ -144,6 +131,7 @@ def context(manifest: Manifest, data: Data, seed: int, notes: Iterable[str]) -> 
         ],
         "simulated": [name for name, attribute in data.attributes.items() if attribute.simulated],
         "labels": list(manifest.labels),
+        "classes": manifest.classes,
         "min_support": data.min_support,
         "manifest": manifest.path.name,
         "seed": seed,
@@ -151,71 +139,10 @@ def context(manifest: Manifest, data: Data, seed: int, notes: Iterable[str]) -> 
     }
 
 
-# ── One label, readout and split ──
+# ── Thresholds ──
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """The rows of a split whose label is known, with the scores of all predictors. `place_M` maps manifest rows to rows
-    of the sample, −1 where they are not of it."""
-
-    label: str
-    readout: str
-    split: str
-    y_N: Tensor
-    patient_N: Tensor
-    score_PN: dict[str, Tensor]
-    place_M: np.ndarray
-    settings: Settings
-
-    @property
-    def everybody(self) -> Tensor:
-        return torch.arange(len(self.y_N))
-
-    def members(self, view: View) -> dict[str, Tensor]:
-        return {group: self.at(rows) for group, rows in view.members.items()}
-
-    def at(self, rows: np.ndarray) -> Tensor:
-        """The rows of the sample among manifest rows."""
-        place = self.place_M[rows]
-        return torch.as_tensor(place[place >= 0])
-
-    def measured(self, metric: str, name: str, rows_X: Tensor, cut: float) -> Callable[[float], Estimate]:
-        """The metric of one predictor in one group, as a function of the level of its interval."""
-        return metrics.at_level(
-            metric,
-            self.y_N[rows_X],
-            self.score_PN[name][rows_X],
-            self.patient_N[rows_X],
-            threshold=cut if metric in THRESHOLDED else math.nan,
-            **self.common,
-        )
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return METRICS if self.readout in MAIN else ("auroc",)
-
-    @property
-    def common(self) -> dict[str, Any]:
-        s = self.settings
-        return {"min_patients": s.min_patients, "replicates": s.replicates, "seed": s.seed}
-
-    def row(self, name: str, metric: str, place: tuple[str, str], estimate: Estimate, **more: Any) -> Row:
-        return row(name, metric, place, self.split, estimate, label=self.label, readout=self.readout, **more)
-
-
-def _sample(found: Scores, manifest: Manifest, label: str, readout: str, split: str, settings: Settings) -> _Sample:
-    label_N = manifest.label_NL[found.rows_N, manifest.labels.index(label)]
-    mine_N = (manifest.split_N[found.rows_N] == split) & ~np.isnan(label_N)
-    rows = found.rows_N[mine_N]
-    place_M = np.full(len(manifest), -1)
-    place_M[rows] = np.arange(len(rows))
-    score_PN = {name: torch.as_tensor(score_N[mine_N]) for name, score_N in found.of(readout, label).items()}
-    y_N, patient_N = torch.as_tensor(label_N[mine_N].astype(np.float64)), torch.as_tensor(manifest.patient_N[rows])
-    return _Sample(label, readout, split, y_N, patient_N, score_PN, place_M, settings)
-
-
-def _thresholds(val: _Sample, rows_X: Tensor) -> tuple[dict[str, float], str]:
+def _thresholds(val: Binary, rows_X: Tensor) -> tuple[dict[str, float], str]:
     """By predictor, Youden's threshold on validation rows; none of them, and why, where those lack a class."""
     truth_X = val.y_N[rows_X].numpy()
     if not len(truth_X):
@@ -225,29 +152,27 @@ def _thresholds(val: _Sample, rows_X: Tensor) -> tuple[dict[str, float], str]:
     return {name: probes.youden(score_N[rows_X].numpy(), truth_X) for name, score_N in val.score_PN.items()}, ""
 
 
-def _cut(metric: str, cut: float) -> dict[str, Any]:
-    return {"threshold": cut, "rule": "global"} if metric in THRESHOLDED else {}
-
-
 # ── Values and their summaries over groups ──
 
 
-def _levels(sample: _Sample, view: View, cuts: Mapping[str, float], full: bool) -> Iterator[Row]:
+def _levels(sample: Sample, view: View, cuts: Mapping[str, float], full: bool) -> Iterator[Row]:
     members = sample.members(view)
     unknown_X = sample.at(view.unknown)
     for metric in sample.metrics:
         for name, cut in cuts.items():
-            bounds = _bounds(sample, metric, name, cut, members, unknown_X) if full else {}
+            bounds = {}
+            if full and isinstance(sample, Binary):
+                bounds = _bounds(sample, metric, name, cut, members, unknown_X)
             at = {group: sample.measured(metric, name, rows_X, cut) for group, rows_X in members.items()}
             for group, measured in at.items():
-                found = sample.row(name, metric, (view.attribute, group), measured(LEVEL), **_cut(metric, cut))
+                found = sample.row(name, metric, (view.attribute, group), measured(LEVEL), **sample.rule(metric, cut))
                 yield found | dict(zip(("unknown_lo", "unknown_hi"), bounds.get(group, ()), strict=False))
             if len(members) > 1 and metric in SUMMARISED:
                 yield from _summaries(sample, metric, name, cut, view, at, bounds, full)
 
 
 def _bounds(
-    sample: _Sample, metric: str, name: str, cut: float, members: Mapping[str, Tensor], unknown_X: Tensor
+    sample: Binary, metric: str, name: str, cut: float, members: Mapping[str, Tensor], unknown_X: Tensor
 ) -> dict[str, tuple[float, float]]:
     """By group, how low and how high the metric may be when the rows of unknown group are assigned."""
     if not len(unknown_X) or metric not in disparity.BOUNDED:
@@ -262,7 +187,7 @@ def _bounds(
 
 
 def _summaries(
-    sample: _Sample,
+    sample: Sample,
     metric: str,
     name: str,
     cut: float,
@@ -280,10 +205,10 @@ def _summaries(
         return [one(level) for one in measured]
 
     def said(summary: str, across: Across, note: str) -> Row:
-        share = {group: len(members[group]) / len(sample.y_N) for group in groups}
+        share = {group: len(members[group]) / len(sample) for group in groups}
         excluded = [f"{groups[g]} ({status}, {share[groups[g]]:.0%} of the images)" for g, status in across.excluded]
         note += f"; left out: {', '.join(excluded)}" if excluded else ""
-        place, mine = (view.attribute, "all"), _cut(metric, cut)
+        place, mine = (view.attribute, "all"), sample.rule(metric, cut)
         return sample.row(name, summary, place, across.estimate, **mine, note=note.removeprefix("; "))
 
     wide = together(len(groups))
@@ -305,7 +230,7 @@ def _summaries(
         if known and across.estimate.status == "ok":
             worst_case = measure(assigned).estimate
             found |= {"unknown_lo": worst_case.lo, "unknown_hi": worst_case.hi}
-        if summary == "gap" and full and metric in NULLED:
+        if summary == "gap" and full and metric in NULLED and isinstance(sample, Binary):
             found |= {"detectable": disparity.detectable(wide)}
             found |= _null(sample, metric, name, cut, list(members.values()), wide)
         yield found
@@ -325,7 +250,7 @@ def _summaries(
 
 
 def _null(
-    sample: _Sample, metric: str, name: str, cut: float, members: Sequence[Tensor], wide: Sequence[Estimate]
+    sample: Binary, metric: str, name: str, cut: float, members: Sequence[Tensor], wide: Sequence[Estimate]
 ) -> dict[str, float]:
     """The gap against what it would be if groups did not differ, over the groups that it is measured on."""
     usable = [rows_X for rows_X, one in zip(members, wide, strict=True) if one.status == "ok"]
@@ -350,7 +275,7 @@ def _null(
 # ── Thresholds of groups ──
 
 
-def _group_thresholds(sample: _Sample, val: _Sample, view: View) -> Iterator[Row]:
+def _group_thresholds(sample: Binary, val: Binary, view: View) -> Iterator[Row]:
     """The same rates with a threshold for each group, chosen on its own validation patients."""
     members, chosen = sample.members(view), val.members(view)
     cuts = {group: _thresholds(val, chosen[group]) for group in members}
@@ -370,24 +295,19 @@ def _group_thresholds(sample: _Sample, val: _Sample, view: View) -> Iterator[Row
 # ── Differences between predictors ──
 
 
-def _differences(sample: _Sample, view: View, cuts: Mapping[str, float], full: bool) -> Iterator[Row]:
+def _differences(sample: Sample, view: View, cuts: Mapping[str, float], full: bool) -> Iterator[Row]:
     members = sample.members(view)
     for names in pairs(list(cuts)):
         for metric in sample.metrics:
             if metric == "ece_debiased":
                 continue  # it shares its interval with ece
-            cut_a, cut_b = (cuts[name] if metric in THRESHOLDED else math.nan for name in names)
             found = []
             for group, rows_X in members.items():
-                a_X, b_X = (sample.score_PN[name][rows_X] for name in names)
-                columns = metric, sample.y_N[rows_X], a_X, b_X, sample.patient_N[rows_X]
-                estimate = metrics.paired(*columns, threshold_a=cut_a, threshold_b=cut_b, **sample.common)
-                p_value = math.nan
-                if full and metric in TESTED and estimate.status == "ok":
-                    p_value = metrics.paired_p(*columns, threshold_a=cut_a, threshold_b=cut_b)
-                more = {"rule": "global"} if metric in THRESHOLDED else {}
-                place = view.attribute, group
-                found.append(sample.row(" - ".join(names), metric, place, estimate, **more, p_value=p_value))
+                estimate, p_value = sample.difference(metric, names, rows_X, [cuts[name] for name in names], LEVEL)
+                tested = full and metric in TESTED and estimate.status == "ok"
+                more: dict[str, Any] = {"rule": "global"} if sample.rule(metric, 0) else {}
+                more |= {"p_value": p_value() if tested else math.nan}
+                found.append(sample.row(" - ".join(names), metric, (view.attribute, group), estimate, **more))
             for one, adjusted in zip(found, metrics.holm([one["p_value"] for one in found]), strict=True):
                 yield one | {"p_holm": adjusted}
 
@@ -395,7 +315,7 @@ def _differences(sample: _Sample, view: View, cuts: Mapping[str, float], full: b
 # ── The curve over a continuous attribute ──
 
 
-def _curve(sample: _Sample, attribute: str, number_M: np.ndarray) -> Iterator[Row]:
+def _curve(sample: Binary, attribute: str, number_M: np.ndarray) -> Iterator[Row]:
     """AUROC in sliding windows: the patients nearest to the deciles of the attribute, with pointwise intervals.
 
     A window holds a fifth of the patients and `min_patients` of each class, where there are as many.
@@ -432,27 +352,32 @@ def _curve(sample: _Sample, attribute: str, number_M: np.ndarray) -> Iterator[Ro
 def main(
     predictions: Path, manifest_file: Path | None, config_file: Path | None, overrides: Sequence[str], out: Path
 ) -> list[Path]:
-    """Report on a table of scores: `out`/report.{json,csv,md,html}, whose paths are returned.
+    """Report on a table of scores, or of masks (`.npz`): `out`/report.{json,csv,md,html}, whose paths are returned.
 
     The schema of the manifest is the `data` of `config_file`, whose manifest `manifest_file` replaces; without a file
     it is read from the column names (`guess`). One of the two must be given. Raises ConfigError and DataError.
     """
-    table, notes = scores.read(predictions), list[str]()
+    masks = predictions.suffix == overlaps.SUFFIX
+    table, notes = None if masks else scores.read(predictions), list[str]()
     schema: dict[str, Any] = {} if manifest_file is None else {"manifest": str(manifest_file.absolute())}
     if config_file is None:
-        schema, notes = guess(Path(schema["manifest"]), table.labels)
+        schema, notes = guess(Path(schema["manifest"]), table.labels if table else ())
     audit, base = config.load_audit(config_file, overrides, **schema)
-    data = audit.data
+    data = audit.data if table else replace(audit.data, labels=())
     manifest = manifests.load(data, base, check_files=False, needed=(), missing="Name it with --manifest")
-    found = scores.match(table, manifest, data.labels)
-    notes = [*notes, *found.notes]
-    measured = list(rows(found, manifest, data.groups, Settings.of(data, audit.evaluate, audit.seed), notes))
-    about = context(manifest, data, audit.seed, notes) | {
-        "name": out.name,
-        "index": 0,
-        "labels": list(found.labels),
-        "scores": predictions.name,
-    }
+    settings = Settings.of(data, audit.evaluate, audit.seed)
+    about: dict[str, Any] = {"name": out.name, "index": 0, "scores": predictions.name}
+    found: Scores | Overlaps
+    if table:
+        found = scores.match(table, manifest, data.labels)
+        notes = [*notes, *found.notes]
+        measured = list(rows(found, manifest, data.groups, settings, notes))
+        about |= {"curves": curves.of_scores(found, manifest, data.groups, settings)}
+    else:
+        found = overlaps.load(predictions, manifest)
+        notes = [*notes, *found.notes]
+        measured = list(overlap_rows(found, manifest, data.groups, settings))
+    about = context(manifest, data, audit.seed, notes) | about | {"labels": list(found.labels)}
     return report.write(GroupReport("report", [{"stage": "report", **one} for one in measured], about), out)
 
 
@@ -465,13 +390,18 @@ def guess(path: Path, labels: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     """
     table = tables.read(path, "the manifest", "Name it with --manifest").table
     names = table.column_names
+    if "" in labels and "label" not in names:
+        raise DataError(
+            f"{path}: no column 'label', which scores without a named label are scores of; name their columns "
+            "predictor:label (a long table has a column label), or name the label in data.labels of a --config"
+        )
     schema: dict[str, Any] = {
         "manifest": str(path),
         "patient": next((name for name in PATIENTS if name in names), PATIENTS[0]),
         "split": "split" if "split" in names else None,
         "labels": [label or "label" for label in labels],
     }
-    used = {"image", schema["patient"], schema["split"], *schema["labels"]}
+    used = {"image", schema["patient"], schema["split"], *(label.partition("=")[0] for label in schema["labels"])}
     attributes: dict[str, dict[str, Any]] = {}
     notes = []
     for name in unique(names):

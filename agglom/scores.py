@@ -5,7 +5,7 @@ is one label only. A wide table has a row for each `image` and a column for each
 there is one label only, else `predictor:label`. Both are CSV or Parquet. Scores are probabilities. Images are named as
 the manifest names them, or by their file name where no other image has it.
 
-Shape suffixes: R rows of the file, N scored rows of the manifest, P predictors, L labels, C cells.
+Shape suffixes: R rows of the file, N scored rows of the manifest, P predictors, L labels, C cells, I images.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Scores:
     """Predictors' scores of manifest rows that are of val or test.
 
     `predictors` and `readouts` run along P: a predictor may have several readouts. `rows_N` are manifest rows (int64,
-    ascending). `score_PNL` is float64 in [0, 1], NaN where the label is not known, and only there. `notes` are
-    sentences on what a table holds beyond that.
+    ascending). `score_PNL` is float64 in [0, 1], NaN where the label is not known and for all rows of a label that a
+    readout does not have, and only there. `notes` are sentences on what a table holds beyond that.
     """
 
     predictors: tuple[str, ...]
@@ -45,10 +45,10 @@ class Scores:
     notes: tuple[str, ...] = ()
 
     def of(self, readout: str, label: str) -> dict[str, np.ndarray]:
-        """By predictor, its scores over N."""
-        column = self.labels.index(label)
-        series = zip(self.predictors, self.readouts, self.score_PNL, strict=True)
-        return {name: score_NL[:, column] for name, one, score_NL in series if one == readout}
+        """By predictor, its scores over N; none where the readout does not have the label."""
+        score_PN = self.score_PNL[:, :, self.labels.index(label)]
+        series = zip(self.predictors, self.readouts, score_PN, ~np.isnan(score_PN).all(1), strict=True)
+        return {name: score_N for name, one, score_N, scored in series if one == readout and scored}
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,9 @@ def match(table: Table, manifest: Manifest, labels: Sequence[str]) -> Scores:
     DataError as `load`.
     """
     problems = table.problems
-    label_C, row_C = _label_of(table, labels)[table.label_C], _row_of(table, manifest)[table.image_C]
+    label_C, first_I = _label_of(table, labels)[table.label_C], np.unique(table.image_C, return_index=True)[1]
+    row_I = rows_of(table.images, manifest, problems, lambda index: problems.at(table.row_C[first_I[index]]))
+    row_C = row_I[table.image_C]
     problems.throw()
     key_C = (row_C * len(labels) + label_C) * len(table.series) + table.series_C
     _, first_U, of_C = np.unique(key_C, return_index=True, return_inverse=True)
@@ -302,28 +304,25 @@ def _label_of(table: Table, labels: Sequence[str]) -> np.ndarray:
     return found
 
 
-def _row_of(table: Table, manifest: Manifest) -> np.ndarray:
-    """For each image of the table its row of the manifest, −1 where it has none."""
+def rows_of(
+    images: Sequence[str], manifest: Manifest, problems: Problems, at: Callable[[int], str]
+) -> np.ndarray:
+    """For each image its row of the manifest, −1 where it has none, which is a problem told with `at` of its index."""
     row_of = {cell: row for row, cell in enumerate(manifest.cells)}
     times = Counter(map(os.path.basename, manifest.cells))
     named = {os.path.basename(cell): row for row, cell in enumerate(manifest.cells)}
-    found = np.full(len(table.images), -1)
-    shared = np.zeros(len(table.images), bool)
-    for index, image in enumerate(table.images):
+    found = np.full(len(images), -1)
+    shared = np.zeros(len(images), bool)
+    for index, image in enumerate(images):
         name = os.path.basename(image)
         shared[index] = image not in row_of and times[name] > 1
         found[index] = row_of.get(image, named.get(name, -1) if times[name] == 1 else -1)
-    first_C = np.unique(table.image_C, return_index=True)[1]
-
-    def said(index: int) -> str:
-        return f"{table.problems.at(table.row_C[first_C[index]])}: '{table.images[index]}'"
-
-    unknown = np.flatnonzero((found < 0) & ~shared & (np.array(table.images) != ""))
+    unknown = np.flatnonzero((found < 0) & ~shared & (np.array(images) != ""))
     for kind, marked, remedy in (
         ("images that are not in the manifest", unknown, f"Name them as {manifest.path} does, or by file name"),
         ("file names that several images have", np.flatnonzero(shared), f"Name them as {manifest.path} does"),
     ):
-        table.problems.items(kind, "image", marked, said, remedy)
+        problems.items(kind, "image", marked, lambda index: f"{at(index)}: '{images[index]}'", remedy)
     return found
 
 
@@ -347,9 +346,11 @@ def _check_complete(
         lambda x: f"'{manifest.cells[rows_X[x]]}' ({manifest.split_N[rows_X[x]]}), label '{names[columns_X[x]]}'",
         "Score every image of test, and every one of val or none; or drop them from the manifest",
     )
+    readout_P = np.array([readout for _, readout in table.series])
+    asked_PL = np.stack([scored_PL[readout_P == readout].any(0) for readout in readout_P])
     problems.found += [
         f"{_who(table.series[p], names[column])}: no score at all. Score all predictors for all labels"
-        for p, column in np.argwhere(~scored_PL)
+        for p, column in np.argwhere(asked_PL & ~scored_PL)
     ]
     lacking_X3 = np.argwhere(due_NL & has_NL & ~has_PNL & scored_PL[:, None])
     problems.items(

@@ -90,22 +90,19 @@ def interval(draws: Draws, level: float) -> Interval:
 
 
 def _moves(sum_PIC: Tensor, size_I: Tensor, replicates: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Bootstrap of (estimated − true) ECE for P predictors on the same draws of patients: two (P, R) tensors."""
-    patients, generator = len(size_I), torch.Generator().manual_seed(seed)
-    flat_IX = torch.cat([*sum_PIC, size_I[:, None]], dim=1)
-    chunk = max(1, 2**22 // patients)  # bounds memory, not the number of draws
-    draws = []
-    for start in range(0, replicates, chunk):
-        rows = min(chunk, replicates - start)
-        drawn_RI = torch.randint(patients, (rows, patients), generator=generator)
-        cell_RI = drawn_RI + patients * torch.arange(rows)[:, None]
-        times = torch.bincount(cell_RI.flatten(), minlength=rows * patients).double()
-        draws.append(rearrange(times, "(r i) -> r i", r=rows) @ flat_IX)
-    draw_RX = torch.cat(draws)
-    draw_PRC = rearrange(draw_RX[:, :-1] / draw_RX[:, -1:], "r (p c) -> p r c", c=BINS)
-    mean_PC = sum_PIC.sum(1) / size_I.sum()
-    move_PRC = draw_PRC - mean_PC[:, None]
-    far_PC = mean_PC.abs() > math.sqrt(math.log(patients)) * move_PRC.std(1, correction=0)
+    """Draws of (estimated − true) ECE for P predictors, all on the same patients: two (P, R) tensors."""
+    patients, rows = len(size_I), size_I.sum()
+    mean_PC = sum_PIC.sum(1) / rows
+    deviation_PIC = (sum_PIC - size_I[:, None] * mean_PC[:, None]) / rows
+    deviation_IX = rearrange(deviation_PIC, "p i c -> i (p c)")
+    variance_X, axes_XX = torch.linalg.eigh(deviation_IX.T @ deviation_IX * (patients / max(1, patients - 1)))
+    # The symmetric root, as the signs and the order of axes are arbitrary.
+    root_XX = axes_XX * variance_X.clamp(min=0).sqrt() @ axes_XX.T
+    generator = torch.Generator().manual_seed(seed)
+    normal_RX = torch.randn(replicates, len(root_XX), generator=generator, dtype=torch.float64)
+    move_PRC = rearrange(normal_RX @ root_XX, "r (p c) -> p r c", c=BINS)
+    error_PC = rearrange(root_XX.square().sum(0).sqrt(), "(p c) -> p c", c=BINS)
+    far_PC = mean_PC.abs() > math.sqrt(math.log(patients)) * error_PC
     straight_PRC = move_PRC * mean_PC.sign()[:, None]
     curved_PRC = torch.where(far_PC[:, None], straight_PRC, move_PRC.abs())
     return straight_PRC.sum(2), curved_PRC.sum(2)

@@ -7,6 +7,8 @@ K parts of an influence (positives and negatives for AUROC, one for the rest), D
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -91,29 +93,16 @@ def linearise(metric: str, y_N: Tensor, p_N: Tensor, threshold: float, patient_N
     return Linear(2 * linear.value / (1 + linear.value), stretch * linear.part_KI, linear.size_KI)
 
 
-def interval(metric: str, y_N: Tensor, p_N: Tensor, threshold: float, patient_N: Tensor, level: float) -> Interval:
-    """The interval of one metric, as `metrics.evaluate` describes it; arguments as `linearise`."""
+def at_level(metric: str, y_N: Tensor, p_N: Tensor, threshold: float, patient_N: Tensor) -> Callable[[float], Interval]:
+    """The interval of one metric as a function of its level, as `metrics.evaluate` describes it; arguments as
+    `linearise`."""
     if metric == "balanced_accuracy":
         tpr, fpr = (linearise(rate, y_N, p_N, threshold, patient_N) for rate in ("tpr", "fpr"))
-        return _balanced(tpr, fpr, level)
+        return partial(_balanced, tpr, fpr)
     linear = linearise(metric, y_N, p_N, threshold, patient_N)
-    value, found = linear.value, moments(linear)
     if metric == "brier":
-        return mean(linear, level)
-    if metric in ("auroc", "auprc"):
-        spread = value * (1 - value)
-        if not spread or not TINY < found.variance < math.inf:
-            return value, *wilson(value, found.least, z_of(level)), "wilson-bound"
-        centre, half = math.log(value / (1 - value)), t_of(found.df, level) * math.sqrt(found.variance) / spread
-        lo, hi = (0.5 + 0.5 * math.tanh(logit / 2) for logit in (centre - half, centre + half))
-        return value, lo, hi, "delong-obuchowski-logit" if metric == "auroc" else "linearised-logit"
-    if metric == "f1":
-        squeeze = 2 / (2 - value) ** 2
-        found = found._replace(variance=squeeze**2 * found.variance)
-        _, *ends, method = _clustered(value / (2 - value), found, level)
-        lo, hi = (2 * end / (1 + end) for end in ends)
-        return value, min(value, lo), max(value, hi), method
-    return _clustered(value, found, level)
+        return partial(mean, linear)
+    return partial(interval, metric, linear.value, moments(linear))
 
 
 def of_mean(value_N: Tensor, patient_N: Tensor) -> Linear:
@@ -221,6 +210,24 @@ def _precision(y_N: Tensor, p_N: Tensor, patient_N: Tensor) -> Linear:
     influence_N = (y_N * (precision_D - value + reach_D)[place_N] - loss_D[place_N]) / positives
     size_I = torch.bincount(patient_N[y_N], minlength=int(patient_N.max()) + 1)
     return Linear(value, torch.bincount(patient_N, influence_N)[None], size_I[None])
+
+
+def interval(metric: str, value: float, found: Moments, level: float) -> Interval:
+    """The interval of a ranking on the logit scale, that of a rate (f1 too) by Wilson's."""
+    if metric in ("auroc", "auprc"):
+        spread = value * (1 - value)
+        if not spread or not TINY < found.variance < math.inf:
+            return value, *wilson(value, found.least, z_of(level)), "wilson-bound"
+        centre, half = math.log(value / (1 - value)), t_of(found.df, level) * math.sqrt(found.variance) / spread
+        lo, hi = (0.5 + 0.5 * math.tanh(logit / 2) for logit in (centre - half, centre + half))
+        return value, lo, hi, "delong-obuchowski-logit" if metric == "auroc" else "linearised-logit"
+    if metric == "f1":
+        squeeze = 2 / (2 - value) ** 2
+        found = found._replace(variance=squeeze**2 * found.variance)
+        _, *ends, method = _clustered(value / (2 - value), found, level)
+        lo, hi = (2 * end / (1 + end) for end in ends)
+        return value, min(value, lo), max(value, hi), method
+    return _clustered(value, found, level)
 
 
 def _clustered(value: float, found: Moments, level: float) -> Interval:

@@ -35,13 +35,14 @@ and when a few patients hold most of the images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from agglom.core import calibration, influence
 from agglom.core.influence import Interval, Linear
@@ -99,7 +100,8 @@ _RANKING = ("auroc", "auprc")
 _CALIBRATION = ("ece", "ece_debiased")
 _NOTHING: Interval = (math.nan, math.nan, math.nan, "none")
 _UNDEFINED = frozenset({"empty", "single_class", "constant_score"})
-_CHUNK = 2**17  # rows that `tabulate` counts at once, which bounds its memory
+# Rows that are counted at once, and pieces that are sorted one by one: both bound memory.
+_CHUNK, _PIECES = 2**17, 8
 
 
 class Estimate(NamedTuple):
@@ -194,7 +196,7 @@ def at_level(
         drawn = calibration.draw(metric, y_N.bool(), columns, patient_N, replicates, seed)
         interval = partial(calibration.interval, drawn)
     else:
-        interval = partial(influence.interval, metric, y_N.bool(), columns[0], threshold, patient_N)
+        interval = influence.at_level(metric, y_N.bool(), columns[0], threshold, patient_N)
 
     def estimate(level: float) -> Estimate:
         _check_level(level)
@@ -243,7 +245,8 @@ def tabulate(
 
     One sort of the probabilities `p_N`, none if `order_N` is given (`p_N.argsort()`, for several views of the same
     scores), and counts. `evaluate` of each group gives the same values; where patients have several images
-    `ece_debiased` needs `patient_N` for that, without it every row is a patient of its own. Undefined is NaN.
+    `ece_debiased` needs `patient_N` for that, without it every row is a patient of its own. Undefined is NaN. Without
+    `patient_N`, and unless most scores are equal, memory stays below twice that of the scores.
     Raises ValueError as `evaluate_groups` does, and for an order that does not sort the scores.
     """
     _check("ece", y_N, {"p_N": p_N}, y_N if patient_N is None else patient_N, (threshold,))
@@ -256,15 +259,52 @@ def tabulate(
     n_G = count_G4.sum(1)
     found = {metric: influence.rate(metric, count_G4) for metric in sorted(THRESHOLDED)}
     found["brier"], found["ece"] = square_GC.sum(1) / n_G, sum_GC.abs().sum(1) / n_G
-    found["auroc"], found["auprc"] = _ranks(y_N, p_N, group_N, groups, order_N)
+    found["auroc"], found["auprc"] = _ranks(y_N, p_N, group_N, groups, order_N, count_G4)
     if patient_N is None:
         mean_GC = sum_GC / n_G[:, None]
         variance_GC = (square_GC / n_G[:, None] - mean_GC.square()) / (n_G - 1).clamp(min=1)[:, None]
         found["ece_debiased"] = calibration.corrected(mean_GC, variance_GC)
     else:
-        members = [*(group_N == group for group in range(groups)), torch.ones_like(y_N)]
-        found["ece_debiased"] = torch.stack([_debiased(y_N[rows], p_N[rows], patient_N[rows]) for rows in members])
+        found["ece_debiased"] = torch.stack(
+            [
+                *(_debiased(*(x_N[group_N == g] for x_N in (y_N, p_N, patient_N))) for g in range(groups)),
+                _debiased(y_N, p_N, patient_N),
+            ]
+        )
     return {metric: found[metric] for metric in METRICS}
+
+
+def ascending(value_N: Tensor, order_N: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows (int64) in ascending order of their values, and the values: in pieces, equal values in the same one.
+
+    By `order_N` where it is given, else by sorting an eighth of the rows at a time, cut at quantiles of a sample.
+    """
+
+    for order_X in _sorted(value_N) if order_N is None else [order_N]:
+
+        def value(place: int, order_X: Tensor = order_X) -> float:
+            return value_N[order_X[place]].item()
+
+        start, places = 0, range(len(order_X))
+        while start < len(order_X):
+            stop = min(start + _CHUNK, len(order_X))
+            if stop < len(order_X):
+                before = bisect_left(places, value(stop), start, stop, key=value)
+                stop = before if before > start else bisect_right(places, value(stop), stop, key=value)
+            rows_X = order_X[start:stop]
+            yield rows_X, value_N.index_select(0, rows_X)
+            start = stop
+
+
+def _sorted(value_N: Tensor) -> Iterator[Tensor]:
+    value_N = value_N.contiguous()
+    sample_X = value_N[:: max(1, len(value_N) // 2**12)].sort().values
+    pieces = _PIECES if len(value_N) > _CHUNK else 1
+    edges = sample_X[:: max(1, len(sample_X) // pieces)][1:pieces].unique()
+    piece_N = torch.bucketize(value_N, edges, right=True, out_int32=True).to(torch.uint8)
+    for piece in range(len(edges) + 1):
+        rows_X = (piece_N == piece).nonzero()[:, 0]
+        yield rows_X[value_N[rows_X].argsort(stable=True)]
 
 
 def paired(
@@ -320,11 +360,21 @@ def paired_p(
     status, at = _difference(metric, y_N, (a_N, b_N), thresholds, patient_N, 1, replicates, seed)
     if status in _UNDEFINED:
         return math.nan
-    smallest = 2 / (replicates + 1) if metric in _CALIBRATION else 1e-15
+    return _bisected(lambda level: at(level)[1:3], 2 / (replicates + 1) if metric in _CALIBRATION else 1e-15)
+
+
+def p_value(difference: Callable[[float], Estimate]) -> float:
+    """The same of any difference, given as a function of the level of its interval; NaN where it is undefined."""
+    if math.isnan(difference(0.95).lo):
+        return math.nan
+    return _bisected(lambda level: difference(level)[1:3], 1e-15)
+
+
+def _bisected(interval: Callable[[float], tuple[float, ...]], smallest: float) -> float:
     inside, outside = math.log10(smallest), 0.0
     for _ in range(50):
         middle = (inside + outside) / 2
-        _, lo, hi, _ = at(1 - 10**middle)
+        lo, hi = interval(1 - 10**middle)
         inside, outside = (middle, outside) if lo <= 0 <= hi else (inside, middle)
     return 10**outside
 
@@ -351,20 +401,50 @@ def mean(value_N: Tensor, patient_N: Tensor, *, level: float = 0.95, min_patient
     `below_min_pos` with fewer than `min_patients` patients. Raises ValueError for shapes, values or a level that cannot
     be used.
     """
-    _check_level(level)
-    if value_N.ndim != 1 or patient_N.shape != value_N.shape:
-        shapes = f"{tuple(value_N.shape)}, patient_N {tuple(patient_N.shape)}"
-        raise ValueError(f"value_N has shape {shapes}; expected (N,) for both")
-    known_N = ~value_N.isnan()
-    known_X, patient_X = value_N[known_N].double(), _codes(patient_N[known_N])
-    if not bool(((known_X >= 0) & (known_X <= 1)).all()):
-        raise ValueError(f"value_N spans {known_X.min():g} … {known_X.max():g}; expected values from 0 to 1, or NaN")
-    n, known, patients = len(value_N), len(known_X), int(patient_X.max()) + 1 if len(patient_X) else 0
-    counts = (n, known, n - known, patients)
-    if not known:
-        return Estimate(*_NOTHING[:3], *counts, "empty", "none")
-    value, lo, hi, method = influence.mean(influence.of_mean(known_X, patient_X), level)
-    return Estimate(value, lo, hi, *counts, "ok" if patients >= min_patients else "below_min_pos", method)
+    return mean_at_level(value_N, patient_N, min_patients=min_patients)(level)
+
+
+def mean_at_level(
+    value_N: Tensor, patient_N: Tensor, *, min_patients: int = MIN_PATIENTS
+) -> Callable[[float], Estimate]:
+    """`mean` as a function of its level."""
+    return _of_means([value_N], patient_N, min_patients)
+
+
+def mean_difference(
+    a_N: Tensor, b_N: Tensor, patient_N: Tensor, *, min_patients: int = MIN_PATIENTS
+) -> Callable[[float], Estimate]:
+    """The mean of `a_N` minus that of `b_N` over the rows on which both are defined, as a function of the level of its
+    interval, which is that of `paired`; else as `mean`."""
+    return _of_means([a_N, b_N], patient_N, min_patients)
+
+
+def _of_means(columns: Sequence[Tensor], patient_N: Tensor, min_patients: int) -> Callable[[float], Estimate]:
+    known_N = torch.ones(patient_N.shape, dtype=torch.bool)
+    for value_N in columns:
+        if value_N.ndim != 1 or patient_N.shape != value_N.shape:
+            shapes = f"{tuple(value_N.shape)}, patient_N {tuple(patient_N.shape)}"
+            raise ValueError(f"value_N has shape {shapes}; expected (N,) for both")
+        if not bool((((value_N >= 0) & (value_N <= 1)) | value_N.isnan()).all()):
+            least, most = value_N.nan_to_num(0).min(), value_N.nan_to_num(0).max()
+            raise ValueError(f"value_N spans {least:g} … {most:g}; expected values from 0 to 1, or NaN")
+        known_N = known_N & ~value_N.isnan()
+    n, known, patient_X = len(known_N), int(known_N.sum()), _codes(patient_N[known_N])
+    patients = int(patient_X.max()) + 1 if known else 0
+    linear = [influence.of_mean(value_N[known_N].double(), patient_X) for value_N in columns] if known else []
+    status = "empty" if not known else "ok" if patients >= min_patients else "below_min_pos"
+    interval: Callable[[float], Interval] = _nothing
+    if len(linear) == 1:
+        interval = partial(influence.mean, linear[0])
+    elif linear:
+        interval = partial(influence.difference, *influence.less(*linear))
+
+    def estimate(level: float) -> Estimate:
+        _check_level(level)
+        value, lo, hi, method = interval(level)
+        return Estimate(value, lo, hi, n, known, n - known, patients, status, method)
+
+    return estimate
 
 
 def simultaneous(level: float, groups: int) -> float:
@@ -549,47 +629,55 @@ def _sums(y_N: Tensor, p_N: Tensor, group_N: Tensor, groups: int, threshold: flo
     return count_G4, sum_GC, square_GC
 
 
-def _ranks(y_N: Tensor, p_N: Tensor, group_N: Tensor, groups: int, order_N: Tensor | None) -> tuple[Tensor, Tensor]:
+def _ranks(
+    y_N: Tensor, p_N: Tensor, group_N: Tensor, groups: int, order_N: Tensor | None, count_G4: Tensor
+) -> tuple[Tensor, Tensor]:
     """AUROC and average precision of each group and, last, of all rows."""
-    if order_N is None:
-        p_N, order_N = p_N.sort()
-    else:
-        p_N = p_N.index_select(0, order_N)
-        if not bool((p_N[1:] >= p_N[:-1]).all()):
-            raise ValueError("order_N does not sort the scores; pass p_N.argsort()")
-    sizes = torch.bincount(group_N + 1, minlength=groups + 1).tolist()
+    total_2G = torch.stack([count_G4.sum(1), count_G4[:, 0] + count_G4[:, 2]])
     # Of small integers, as these are quick to gather and to sort.
-    code_N = group_N.to(torch.int16 if groups < 2**14 else torch.int64, copy=True).mul_(2).add_(y_N)
-    code_N = code_N.index_select(0, order_N)
-    del order_N
-    y_N, group_N = (code_N % 2).bool(), code_N >> 1
-    members = group_N.argsort(stable=True).split(sizes)[1:]
-    ranked = [_ranked(y_N.index_select(0, rows), p_N.index_select(0, rows)) for rows in members]
-    ranked.append(_ranked(y_N, p_N))
-    auroc_G, precision_G = torch.tensor(ranked, dtype=torch.float64).unbind(1)
-    return auroc_G, precision_G
+    code_N = group_N.remainder(groups + 1).to(torch.int16 if groups < 2**14 else torch.int64).mul_(2).add_(y_N)
+    sum_5G = torch.zeros(5, groups + 1, dtype=torch.float64)
+    last = None
+    for rows_X, p_X in ascending(p_N, order_N):
+        if not bool((p_X[1:] >= p_X[:-1]).all()) or (last is not None and last > p_X[0]):
+            raise ValueError("order_N does not sort the scores; pass p_N.argsort()")
+        last = p_X[-1]
+        code_X = code_N.index_select(0, rows_X)
+        everybody_X = (code_X & 1).add_(2 * groups)
+        by_group_X = (code_X >> 1).argsort(stable=True)
+        by_group = code_X.index_select(0, by_group_X), p_X.index_select(0, by_group_X)
+        # The rows of no group stand in the last column until everybody takes it.
+        for mine, columns in ((slice(-1), by_group), (slice(-1, None), (everybody_X, p_X))):
+            sum_5G[:, mine] += _ranked(*columns, total_2G - sum_5G[3:])[:, mine]
+    lost_G, precision_G, distinct_G, n_G, pos_G = sum_5G
+    known_G = (distinct_G > 1) & (pos_G > 0) & (pos_G < n_G)
+    auroc_G, precision_G = 1 - lost_G / (pos_G * (n_G - pos_G)), precision_G / pos_G
+    return auroc_G.where(known_G, math.nan), precision_G.where(known_G, math.nan)
 
 
-def _ranked(y_X: Tensor, p_X: Tensor) -> tuple[float, float]:
-    """AUROC and average precision of rows in ascending order of their scores."""
-    n, n_pos = len(y_X), int(y_X.sum())
-    if not 0 < n_pos < n or bool(p_X[0] == p_X[-1]):
-        return math.nan, math.nan
-    wins, precision, below = 0.0, 0.0, 0
-    bounds = torch.searchsorted(p_X, p_X[::_CHUNK].contiguous()).unique().tolist()  # between scores, not within ties
-    for start, stop in pairwise([*bounds, n]):
-        new_X = torch.ones(stop - start, dtype=torch.bool)
-        torch.ne(p_X[start + 1 : stop], p_X[start : stop - 1], out=new_X[1:])
-        first_D = new_X.nonzero()[:, 0]
-        before_D = (y_X[start:stop].cumsum(0) - y_X[start:stop].long()).index_select(0, first_D)
-        ends = torch.tensor([int(y_X[start:stop].sum()), stop - start])
-        pos_D = torch.diff(before_D, append=ends[:1]).double()
-        row_D = torch.diff(first_D, append=ends[1:]).double()
-        at_least_D = (n_pos - below) - before_D.double()
-        wins += float(((row_D - pos_D) * (at_least_D - pos_D / 2)).sum())
-        precision += float((pos_D * at_least_D / (n - start - first_D)).sum())
-        below += int(ends[0])
-    return wins / (n_pos * (n - n_pos)), precision / n_pos
+def _ranked(code_X: Tensor, p_X: Tensor, left_2G: Tensor) -> Tensor:
+    """What a piece of the rows, column by column in ascending order of their scores, adds to each column, (5, G): pairs
+    lost, precision summed over positives, distinct scores, rows, positives. `left_2G`: rows and positives that the
+    column has from the piece on."""
+    columns, column_X, y_X = left_2G.shape[1], code_X >> 1, code_X & 1
+    new_X = torch.ones(len(p_X), dtype=torch.bool)
+    torch.ne(p_X[1:], p_X[:-1], out=new_X[1:])
+    new_X[1:] |= column_X[1:] != column_X[:-1]
+    first_D, before_X = new_X.nonzero()[:, 0], pad(y_X.cumsum(0), (1, 0))
+    end_D = torch.cat([first_D[1:], torch.tensor([len(p_X)])])
+    with_D = before_X.index_select(0, end_D) > before_X.index_select(0, first_D)
+    # From here on only of scores that a positive has, W.
+    first_W, end_W = first_D[with_D], end_D[with_D]
+    before_W, column_W = before_X.index_select(0, first_W), column_X.index_select(0, first_W).long()
+    pos_W = before_X.index_select(0, end_W) - before_W
+    edges = pad(torch.bincount(column_X, minlength=columns).cumsum(0), (1, 0))
+    start_2G = left_2G + torch.stack([edges, before_X[edges]])[:, :-1]
+    row_left_W, pos_left_W = start_2G[0][column_W] - first_W, start_2G[1][column_W] - before_W
+    lost_W = pos_W * (row_left_W - pos_left_W - (end_W - first_W - pos_W) / 2)
+    precision_W = pos_W * pos_left_W / row_left_W
+    sums = [torch.bincount(column_W, w_W, minlength=columns) for w_W in (lost_W, precision_W)]
+    counts = [edge_G.diff() for edge_G in (torch.searchsorted(first_D, edges), edges, before_X[edges])]
+    return torch.stack([*sums, *counts])
 
 
 def _debiased(y_X: Tensor, p_X: Tensor, patient_X: Tensor) -> Tensor:

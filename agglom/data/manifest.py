@@ -48,7 +48,8 @@ class Manifest:
     "train", "val" or "test" whatever the file calls them; `label_NL` is float32 with NaN for unknown; `attributes` maps
     an attribute to the group name of each row, None where it is missing; `digest` is the sha256 of the file's bytes.
     `numbers` are the values of continuous attributes, NaN where missing. `separators` names the attributes of which a
-    row may have several values; their cells in `attributes` hold them in order, joined by it.
+    row may have several values; their cells in `attributes` hold them in order, joined by it. A label `finding=covid`
+    is 1 where the column `finding` holds covid, 0 where it holds something else.
     """
 
     path: Path
@@ -70,6 +71,11 @@ class Manifest:
     def rows(self, split: str) -> np.ndarray:
         """Indices (int64, ascending) of the rows of `split`: "train", "val" or "test"."""
         return np.flatnonzero(self.split_N == split).astype(np.int64)
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """By column, the classes of a label of several classes, in the order of `labels`."""
+        return classes(self.labels)
 
     @property
     def headline(self) -> str:
@@ -135,8 +141,13 @@ def load(
     split_N, patient_N, patients = _splits(data, cells, needed, problems)
     label_NL = np.full((table.num_rows, len(data.labels)), np.nan, np.float32)
     for index, label in enumerate(data.labels):
-        if label in cells:
-            label_NL[:, index] = _label(label, cells[label], problems)
+        column, of_class, value = label.partition("=")
+        if column in cells:
+            found_N = _class(value, cells[column]) if of_class else _label(label, cells[column], problems)
+            label_NL[:, index] = found_N
+    for column, values in classes(data.labels).items():
+        if column in cells:
+            _check_classes(column, values, cells[column], problems)
     attributes: dict[str, tuple[str | None, ...]] = {}
     numbers: dict[str, np.ndarray] = {}
     for name, spec in data.attributes.items():
@@ -162,6 +173,16 @@ def load(
     )
 
 
+def classes(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """By column, the classes that labels `column=class` name, where they name several."""
+    found: dict[str, list[str]] = {}
+    for label in labels:
+        column, of_class, value = label.partition("=")
+        if of_class:
+            found.setdefault(column, []).append(value)
+    return {column: tuple(values) for column, values in found.items() if len(values) > 1}
+
+
 def bin_names(edges: Sequence[float]) -> tuple[str, ...]:
     """Names of the left-closed intervals between inner `edges`: (50, 65) -> "<50", "50-65", ">=65"."""
     text = [str(int(edge)) if float(edge).is_integer() else repr(float(edge)) for edge in edges]
@@ -173,7 +194,7 @@ def _cells(data: Data, table: pa.Table, problems: Problems) -> dict[str, list[st
     """The columns that the configuration names, as text; those that the file lacks are a problem and left out."""
     wanted = {data.image: "data.image", data.patient: "data.patient"}
     wanted |= {data.split: "data.split"} if data.split is not None else {}
-    wanted |= dict.fromkeys(data.labels, "data.labels")
+    wanted |= {label.partition("=")[0]: "data.labels" for label in data.labels}
     wanted |= {spec.column or name: f"data.attributes.{name}" for name, spec in data.attributes.items()}
     existing = Counter(table.column_names)
     cells = {}
@@ -297,6 +318,22 @@ def _label(name: str, cells: list[str], problems: Problems) -> np.ndarray:
         "Write 0 or 1, and leave the cell empty where the label is unknown or uncertain",
     )
     return np.array([LABEL_VALUES.get(value, math.nan) for value in distinct], np.float32)[codes_N]
+
+
+def _class(value: str, cells: list[str]) -> np.ndarray:
+    codes_N, distinct = encode(cells, len(cells))
+    return np.array([float(cell == value) if cell else math.nan for cell in distinct], np.float32)[codes_N]
+
+
+def _check_classes(column: str, values: Sequence[str], cells: list[str], problems: Problems) -> None:
+    """An image has one class, so those of a column must be named in full."""
+    wrong_N = np.array([bool(cell) and cell not in values for cell in cells])
+    problems.rows(
+        f"classes of '{column}' that no label names",
+        wrong_N,
+        lambda row: f"'{cells[row]}'{did_you_mean(cells[row], values)}",
+        f"Add a label '{column}=…' for each class, and leave the cell empty where it is unknown",
+    )
 
 
 def _categorical(spec: Attribute, cells: list[str]) -> tuple[str | None, ...]:

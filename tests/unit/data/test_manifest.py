@@ -337,3 +337,26 @@ def test_cells_are_images_as_the_file_writes_them(tmp_path):
     manifest = load(data(), write(tmp_path, GOOD.replace("a.png", "./x/../a.png")), check_files=False)
     assert manifest.cells == ("./x/../a.png", "b.png", "c.png", "d.png")
     assert manifest.images[0] == str(tmp_path / "a.png")
+
+
+CLASSES = "image,patient,split,finding\na.png,1,train,none\nb.png,2,val,covid\nc.png,3,test,flu\nd.png,4,test,\n"
+
+
+def test_labels_that_are_classes_of_a_column(tmp_path):
+    names = ("finding=none", "finding=covid", "finding=flu")
+    manifest = load(data(labels=names, attributes={}), write(tmp_path, CLASSES))
+    nan = np.nan
+    np.testing.assert_array_equal(manifest.label_NL, [[1, 0, 0], [0, 1, 0], [0, 0, 1], [nan] * 3])
+    assert manifest.classes == {"finding": ("none", "covid", "flu")}
+    alone = load(data(labels=("finding=covid",), attributes={}), tmp_path)
+    np.testing.assert_array_equal(alone.label_NL[:, 0], [0, 1, 0, nan])
+    assert alone.classes == {}
+
+
+def test_all_classes_of_a_column_are_named(tmp_path):
+    text = problems(tmp_path, CLASSES, labels=("finding=none", "finding=covd"), attributes={})
+    assert "classes of 'finding' that no label names: 2 rows" in text
+    assert "line 3: 'covid'; did you mean 'covd'?" in text
+    assert "missing column 'find' (data.labels); did you mean 'finding'?" in problems(
+        tmp_path, CLASSES, labels=("find=none",), attributes={}
+    )
