@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agglom import __version__, plan, plugins
+from agglom import __version__, plan, plugins, zeroshot
 from agglom.config import Job
 from agglom.core import groups, losses
 from agglom.core.groups import GroupSpace
@@ -108,7 +108,9 @@ def assemble(job: Job, base: Path, out: Path, world: World, stop: StopRequest) -
         ConfigError, PluginError, DataError: on every rank alike.
     """
     manifest, resolved, spaces, teachers = world.attempt(lambda: _parts(job, base, world))
-    return Run(job, base, out, world, manifest, resolved, spaces, teachers, stop)
+    run = Run(job, base, out, world, manifest, resolved, spaces, teachers, stop)
+    world.attempt(lambda: zeroshot.check(run))
+    return run
 
 
 def _parts(job: Job, base: Path, world: World) -> tuple[Manifest, Plan, dict[str, GroupSpace], dict[str, Teacher]]:

@@ -70,7 +70,9 @@ class Splits(Section):
 class Data(Section):
     """The manifest and how to read it. Relative paths start at the folder of the configuration file.
 
-    Without a `split` column every row is of test: enough to audit scores, but not to train.
+    Without a `split` column every row is of test: enough to audit scores, but not to train. A label names a column of 0
+    and 1, or one class of a column: `finding=covid`. Where labels name several classes of a column, all of its classes
+    must be among them.
     """
 
     manifest: str
@@ -181,10 +183,25 @@ class Engine(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prompts(Section):
+    """Texts that describe a label where it is present (`positive`) and where it is absent (`negative`).
+
+    A class of a column, `finding=covid`, may do without the latter: it is told from the other classes.
+    """
+
+    positive: tuple[str, ...]
+    negative: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate(Section):
     """The evaluation after each stage. `size` defaults to that of the last stage, so teachers are encoded once.
 
-    `permutations` draw the gap that groups would show if they did not differ; 0 leaves it out.
+    `permutations` draw the gap that groups would show if they did not differ; 0 leaves it out. `leakage`: how well a
+    linear probe reads the groups from the features. `scarcity`: shares of the train patients that the probes are fitted
+    on as well, each for `scarcity_seeds` draws. `holdout`: attributes or crossings, such as `site`, of which each group
+    in turn is what the probes are fitted on. `prompts` by label are what zero-shot compares images with; the student is
+    read through its head for the teacher `prompted_by`, else for the first one with a text tower.
     """
 
     size: Positive | None = None
@@ -194,6 +211,12 @@ class Evaluate(Section):
     fvu_images: Positive = 512
     bootstrap: Positive = 1000
     permutations: Natural = 200
+    leakage: bool = True
+    scarcity: tuple[Share, ...] = ()
+    scarcity_seeds: Positive = 3
+    holdout: tuple[str, ...] = ()
+    prompts: dict[str, Prompts] = field(default_factory=dict)
+    prompted_by: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -545,6 +568,12 @@ def _check_data(data: Data) -> Iterator[Problem]:
         yield ("data", "manifest"), "is empty; name the CSV or Parquet file with one row per image"
     for name in _repeated(data.labels):
         yield ("data", "labels"), f"{name!r} is given twice"
+    for index, name in enumerate(data.labels):
+        column, of_class, value = name.partition("=")
+        if not column or (of_class and not value):
+            yield ("data", "labels", index), f"{name!r} is not a column, nor a class of one such as 'finding=covid'"
+        elif of_class and column in data.labels:
+            yield ("data", "labels", index), f"{name!r} takes {column!r} for classes, another label for 0 and 1"
     splits = data.splits
     if len({splits.train, splits.val, splits.test}) < 3:
         yield ("data", "splits"), f"train, val and test must differ, got {splits.train}, {splits.val}, {splits.test}"
@@ -610,6 +639,32 @@ def _check_teachers(job: Job) -> Iterator[Problem]:
                 yield (*key, "options", "attribute"), message
 
 
+def _check_prompts(job: Job) -> Iterator[Problem]:
+    key: Key = ("evaluate", "prompts")
+    prompts, labels = job.evaluate.prompts, job.data.labels
+    for label, texts in prompts.items():
+        if label not in labels:
+            yield (*key, label), _one_of(label, labels, "labels under data.labels")
+        for kind in ("positive", "negative"):
+            if any(not text.strip() for text in getattr(texts, kind)):
+                yield (*key, label, kind), "holds an empty text; remove it"
+        if not texts.positive:
+            yield (*key, label, "positive"), "is empty; describe an image that shows the label"
+        if texts.negative:
+            continue
+        column, of_class, _ = label.partition("=")
+        others = [one for one in labels if of_class and one != label and one.startswith(f"{column}=")]
+        if not others:
+            yield (*key, label), "needs negative, too: describe an image that does not show the label"
+        for other in others:
+            if other not in prompts or prompts[other].negative:
+                state = "has no prompts" if other not in prompts else "has negative prompts"
+                yield (*key, label), f"is told from the other classes of {column!r}, but {other!r} {state}"
+    name = job.evaluate.prompted_by
+    if name is not None and name not in job.teachers:
+        yield ("evaluate", "prompted_by"), _one_of(name, list(job.teachers), "teachers")
+
+
 def _check_stages(job: Job) -> Iterator[Problem]:
     if not job.stages:
         yield ("stages",), "is empty; give at least one stage, for example [{name: full, length: 30 epochs}]"
@@ -660,6 +715,8 @@ def _check(job: Job) -> Iterator[Problem]:
     yield from _check_plugin(("student",), job.student.kind, "students", job.student.options)
     yield from _check_plugin(("balance",), job.balance.kind, "balancers", job.balance.options)
     yield from _check_stages(job)
+    yield from _check_prompts(job)
+    yield from _check_studies(job)
     if job.data.split is None:
         yield ("data", "split"), "is null, which is for audits only; name the column that parts train, val and test"
     if job.balance.group is not None:
@@ -686,6 +743,19 @@ def _check(job: Job) -> Iterator[Problem]:
                 yield ("log", name), "must be more than 0"
         except ConfigError as error:
             yield ("log", name), str(error)
+
+
+def _check_studies(job: Job) -> Iterator[Problem]:
+    evaluate = job.evaluate
+    for index, name in enumerate(evaluate.holdout):
+        for message in _attributes(job.data, name, one_value=False):
+            yield ("evaluate", "holdout", index), message
+    asked = {"scarcity": [f"{share:g}" for share in evaluate.scarcity], "holdout": evaluate.holdout}
+    for key, values in asked.items():
+        for value in _repeated(values):
+            yield ("evaluate", key), f"{value} is given twice"
+        if values and not job.data.labels:
+            yield ("evaluate", key), "fits probes of labels, and data.labels is empty; name them there"
 
 
 def _nearest(batch: int, divisor: int) -> str:

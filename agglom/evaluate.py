@@ -13,23 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agglom import audit, probes, report, scores
+from agglom import audit, curves, probes, report, scores, studies, zeroshot
 from agglom.assemble import Run, assemble, batches, build_distiller, build_student, check_identity, gathered
 from agglom.config import Job
-from agglom.core import losses, metrics
+from agglom.core import losses, metrics, normalise
 from agglom.core.heads import Distiller, resample
 from agglom.core.types import Features, Student
 from agglom.engine import latest, launched, read_weights
 from agglom.errors import DataError
-from agglom.findings import Row
 from agglom.probes import Readout
+from agglom.reading import Row
 from agglom.report import GroupReport
 from agglom.runtime import StopRequest
+from agglom.samples import Settings, row
 from agglom.scores import Scores
 from agglom.survey import Pool, Survey, chosen_rows, survey
 from agglom.targets import Normaliser, input_size
 
 TEACHERS_STAGE = "teachers"
+READOUTS = {"linear": "linear probe", "knn": "knn probe", "zeroshot": "zero-shot"}
 
 
 @dataclass(frozen=True)
@@ -98,18 +100,21 @@ def last_student(run: Run) -> tuple[int, Student, Distiller]:
 
 @dataclass(frozen=True)
 class StudentPool:
-    """The student's summaries of all rows, and its predictions of each teacher on the held-out sample."""
+    """The student's summaries of all rows, and its predictions of each teacher on the held-out sample; of the teacher
+    through which prompts read it (`zeroshot.reader`), the predicted summaries of all rows."""
 
     summary_ND: Tensor | None
     predicted: dict[str, Pool]
+    prompted_ND: Tensor | None
 
 
 @torch.no_grad()
 def _encode_student(run: Run, student: nn.Module) -> StudentPool | None:
     rows_N, held_M = chosen_rows(run)
     student = copy.deepcopy(student).to(run.world.device).eval()
+    through = zeroshot.reader(run)
 
-    def pieces() -> Iterator[tuple[Features, dict[str, Features]] | None]:
+    def pieces() -> Iterator[tuple[Features, dict[str, Features], Tensor | None] | None]:
         for mine, batch in batches(run, rows_N, run.plan.evaluate_size):
             if batch is None:
                 yield None
@@ -119,12 +124,15 @@ def _encode_student(run: Run, student: nn.Module) -> StudentPool | None:
             yield (
                 Features(None if trunk.summary_BD is None else trunk.summary_BD.float().cpu(), None),
                 {name: _rows(features, held) for name, features in predicted.items()},
+                None if through is None else predicted[through].summary_BD.float().cpu(),
             )
 
     summaries: list[Tensor | None] = []
+    prompted: list[Tensor | None] = []
     kept: dict[str, list[Features]] = {name: [] for name in run.targets}
-    for trunk, predicted in gathered(run, pieces()):
+    for trunk, predicted, summary in gathered(run, pieces()):
         summaries.append(trunk.summary_BD)
+        prompted.append(summary)
         for name, features in predicted.items():
             kept[name].append(features)
     if not run.world.main:
@@ -133,7 +141,7 @@ def _encode_student(run: Run, student: nn.Module) -> StudentPool | None:
         name: Pool(_cat(f.summary_BD for f in parts), _cat(f.patches_BND for f in parts), parts[0].grid)
         for name, parts in kept.items()
     }
-    return StudentPool(_cat(summaries), predicted)
+    return StudentPool(_cat(summaries), predicted, _cat(prompted))
 
 
 def _rows(features: Features, keep_B: Tensor) -> Features:
@@ -162,9 +170,12 @@ def _report(
     if student is not None:
         summaries = {"student": student.summary_ND} | summaries
         rows += _fvu_rows(run, surveyed, normalisers, student)
-    data, settings = run.job.data, audit.Settings.of(run.job.data, run.job.evaluate, run.job.seed)
-    found = _scores(run, surveyed, summaries, notes)
+    data, settings = run.job.data, Settings.of(run.job.data, run.job.evaluate, run.job.seed)
+    prompted = _prompted(run, surveyed, normalisers, student, notes)
+    found = _scores(run, surveyed, summaries, prompted, notes)
     rows += audit.rows(found, run.manifest, data.groups, settings, notes)
+    asked = data, run.job.evaluate, settings
+    rows += studies.rows(summaries, run.manifest, surveyed.rows_N, *asked, surveyed.readouts, surveyed.studies)
     notes += [f"{name} has no summary, so no probe reads it." for name, one in summaries.items() if one is None]
     names = [s.name for s in run.plan.stages]
     context = audit.context(run.manifest, data, run.job.seed, notes) | {
@@ -173,9 +184,16 @@ def _report(
         "teachers": {n: {"fingerprint": t.fingerprint, "licence": t.licence} for n, t in run.teachers.items()},
         "balance": {"kind": run.job.balance.kind, "group": run.job.balance.group},
         "image_size": run.plan.evaluate_size,
+        "curves": curves.of_scores(found, run.manifest, data.groups, settings),
+        "weights": curves.of_weights(run.out / "metrics.jsonl", run.job.balance.group, _until(names, stage)),
         "history": _history(run.out / "reports", [TEACHERS_STAGE, *names], stage),
     }
     return Evaluation(GroupReport(stage, [{"stage": stage, **row} for row in rows], context), found)
+
+
+def _until(names: list[str], stage: str) -> list[str]:
+    """The stages up to this one."""
+    return names[: names.index(stage) + 1] if stage in names else []
 
 
 def _history(folder: Path, names: list[str], stage: str) -> list[Any]:
@@ -238,35 +256,58 @@ def _ratio_rows(
             for group, members in view.members.items():
                 mine = in_split & torch.as_tensor(np.isin(rows_M, members))
                 estimate = metrics.fvu(error_M[mine], baseline_M[mine], patient_M[mine])
-                yield audit.row("student", metric, (view.attribute, group), split, estimate, target=target, note=note)
+                yield row("student", metric, (view.attribute, group), split, estimate, target=target, note=note)
 
 
-def _scores(run: Run, surveyed: Survey, summaries: dict[str, Tensor | None], notes: list[str]) -> Scores:
-    """Every probe's scores of val and test. A label of which train images have one class is left out, with a note."""
+def _prompted(
+    run: Run,
+    surveyed: Survey,
+    normalisers: dict[str, Normaliser],
+    student: StudentPool | None,
+    notes: list[str],
+) -> dict[str, Tensor | None]:
+    """By predictor, the summaries that prompts are compared with: of the student, what it predicts of a teacher."""
+    found = {f"teacher/{name}": surveyed.pools[name].summary_ND for name in surveyed.prompted}
+    if student is None or not found:
+        return found
+    through = zeroshot.reader(run)
+    if through is None:
+        notes.append("Zero-shot: the student learns the summary of no teacher with a text tower, so it is left out.")
+        return found
+    notes.append(f"Zero-shot: the student is read through its head for {through} and the text tower of that teacher.")
+    affine, summary_ND = normalisers[through].to(torch.device("cpu")).summary, cast(Tensor, student.prompted_ND)
+    return {"student": summary_ND if affine is None else normalise.invert(affine, summary_ND)} | found
+
+
+def _scores(
+    run: Run,
+    surveyed: Survey,
+    summaries: dict[str, Tensor | None],
+    prompted: dict[str, Tensor | None],
+    notes: list[str],
+) -> Scores:
+    """Every readout's scores of val and test.
+
+    Probes of a label of which train images have one class are left out, with a note.
+    """
     rows_N = surveyed.rows_N
     held_N = np.isin(run.manifest.split_N[rows_N], ("val", "test"))
-    names = [name for name, summary in summaries.items() if summary is not None]
-    kinds = ("linear", "knn")
-    predictors = [*names, "ensemble"] if any(name != "student" for name in names) else names
-    labels, columns = [], []
-    for label in run.manifest.labels if names else ():
-        label_N = run.manifest.label_NL[rows_N, run.manifest.labels.index(label)].astype(np.float64)
-        column: list[np.ndarray] = []
-        for kind in kinds:
-            readouts = _readouts(run, surveyed, label, kind, label_N, summaries, notes)
-            column += [readouts[name].scores_N for name in predictors if name in readouts]
-        if column:
-            labels.append(label)
-            columns.append(np.where(np.isnan(label_N), np.nan, column)[:, held_N])
-    series = [(name, kind) for kind in kinds for name in predictors] if labels else []
-    score_PNL = np.stack(columns, 2) if columns else np.empty((0, int(held_N.sum()), 0))
-    return Scores(
-        tuple(name for name, _ in series),
-        tuple(kind for _, kind in series),
-        tuple(labels),
-        rows_N[held_N],
-        score_PNL,
-    )
+    found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for label, label_N in zip(run.manifest.labels, run.manifest.label_NL[rows_N].T.astype(np.float64), strict=True):
+        for kind in READOUTS:
+            features = summaries if kind != "zeroshot" else prompted if label in run.job.evaluate.prompts else {}
+            for name, readout in _readouts(run, surveyed, label, kind, label_N, features, notes).items():
+                scores_N = np.where(np.isnan(label_N), np.nan, readout.scores_N)
+                found.setdefault((kind, name), {})[label] = scores_N[held_N]
+    labels = tuple(label for label in run.manifest.labels if any(label in scored for scored in found.values()))
+    series = sorted(found, key=lambda one: list(READOUTS).index(one[0]))
+    nothing_N = np.full(int(held_N.sum()), np.nan)
+    score_PNL = np.empty((len(series), len(nothing_N), len(labels)))
+    for index, one in enumerate(series):
+        for column, label in enumerate(labels):
+            score_PNL[index, :, column] = found[one].get(label, nothing_N)
+    kinds, names = tuple(kind for kind, _ in series), tuple(name for _, name in series)
+    return Scores(names, kinds, labels, rows_N[held_N], score_PNL)
 
 
 def _readouts(
@@ -278,7 +319,7 @@ def _readouts(
     summaries: dict[str, Tensor | None],
     notes: list[str],
 ) -> dict[str, Readout]:
-    """The probes of one kind by predictor, and the ensemble of the teachers; none where no probe can be fitted."""
+    """The readouts of one kind by predictor, and the ensemble of the teachers; none where no probe can be fitted."""
     rows_N, known_N = surveyed.rows_N, ~np.isnan(label_N)
     split_N, patient_N = run.manifest.split_N[rows_N], run.manifest.patient_N[rows_N]
     train_N, val_N = known_N & (split_N == "train"), known_N & (split_N == "val")
@@ -290,6 +331,9 @@ def _readouts(
         if name == "student" or key not in surveyed.readouts:
             if kind == "linear":
                 surveyed.readouts[key] = probes.linear(summary_ND, label_N, train_N, val_N)
+            elif kind == "zeroshot":
+                through = cast(str, zeroshot.reader(run)) if name == "student" else name.removeprefix("teacher/")
+                surveyed.readouts[key] = zeroshot.readout(surveyed.prompted[through], label, summary_ND, label_N, val_N)
             else:
                 neighbours = run.job.evaluate.knn
                 surveyed.readouts[key] = probes.nearest(summary_ND, label_N, patient_N, train_N, val_N, neighbours)
@@ -299,7 +343,7 @@ def _readouts(
             continue
         readouts[name] = readout
         if readout.note:
-            notes.append(f"{label}, {kind} probe of {name}: {readout.note}.")
+            notes.append(f"{label}, {READOUTS[kind]} of {name}: {readout.note}.")
     teachers = [readout for name, readout in readouts.items() if name != "student"]
     if teachers:
         readouts["ensemble"] = Readout(np.mean([readout.scores_N for readout in teachers], axis=0))

@@ -50,7 +50,7 @@ def main(job: Job, base: Path, out: Path) -> None:
     with launched() as world, StopRequest().listening(world.has_launcher) as stop:
         run = assemble(job, base, out, world, stop)
         _, student, plain = evaluate.last_student(run)
-        _, normalisers = survey(run)
+        _, normalisers = survey(run, prompted=False)
         write(out / "export", run, student, plain, normalisers, print)
 
 

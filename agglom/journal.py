@@ -60,7 +60,8 @@ class Journal:
             if told and row["value"] is not None and math.isfinite(row["value"]):
                 place = [
                     row["metric"],
-                    row["label"] or row["target"],
+                    row["label"],
+                    row["target"],
                     row["readout"],
                     row["predictor"].replace(" ", ""),
                 ]

@@ -177,6 +177,7 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
         f"- {plan.total_steps} steps, {plan.total_steps * plan.global_batch} images seen; a line every "
         f"{plan.log_every} steps, a checkpoint every {plan.checkpoint_every}, {job.log.keep} kept",
         f"- weights: {job.balance.kind}" + (f" over {job.balance.group}" if job.balance.group else ""),
+        *_prompts(job),
         "",
         "## Stages",
         "",
@@ -220,6 +221,14 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
     if plan.warnings:
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in plan.warnings)]
     return "\n".join(lines) + "\n"
+
+
+def _prompts(job: Job) -> list[str]:
+    evaluate = job.evaluate
+    if not evaluate.prompts:
+        return []
+    through = evaluate.prompted_by or "the first teacher with a text tower"
+    return [f"- zero-shot prompts: {', '.join(evaluate.prompts)}; the student is read through {through}"]
 
 
 def _forwards(plan: Plan, job: Job, sizes: dict[str, int]) -> list[tuple[str, object, object]]:

@@ -1,7 +1,8 @@
 """Group reports: tidy rows in; JSON, CSV, Markdown, one self-contained HTML file and terminal tables out.
 
-The words and figures come from `findings.py`, the layout from `templates/`. HTML figures are inline SVG drawn by the
-template, so they follow the reader's colour scheme, print, and need neither a network nor a plotting library.
+The words come from `findings.py`, the figures from `figures.py`, the layout from `templates/`. HTML figures are inline
+SVG drawn by the template, so they follow the reader's colour scheme, print, and need neither a network nor a plotting
+library.
 """
 
 from __future__ import annotations
@@ -17,9 +18,26 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agglom import findings
+from agglom import figures, findings
 from agglom.errors import DataError
-from agglom.findings import AUROC, STATUSES, Place, Reading, Row, Series, Variant, unique
+from agglom.reading import (
+    CRITERIA,
+    FVU_BAR,
+    OVERALL,
+    OWN,
+    QUALITIES,
+    RATES,
+    SPLITS,
+    SPREADS,
+    STATUSES,
+    Place,
+    Reading,
+    Row,
+    Series,
+    Variant,
+    read,
+    unique,
+)
 
 if TYPE_CHECKING:
     import jinja2
@@ -48,7 +66,18 @@ class GroupReport:
     `context`: `index` (int, order of the stages; `compare` needs it), `name` of the job, `split` (headline: "test" or
     "val"), `groups` (list of dicts attribute, group (None: not annotated), split, n_images, n_patients), `min_support`
     (patients), `simulated` (attributes made by image processing), `notes` (sentences), `history` (list of (stage,
-    rows) of the stages before). All but `index` may be absent.
+    rows) of the stages before). All but `index` may be absent, and so may these:
+
+    - `classes`: dict from a label to the names of its classes, each of which is a label `<label>=<class>`;
+    - `curves`: list of dicts label, readout, predictor, attribute, group, `roc` (dict `fpr`, `tpr`: lists of equal
+      length, increasing) and `calibration` (list of dicts score (mean predicted), rate (observed), lo, hi, n,
+      n_patients: the bins that hold any image);
+    - `weights`: dict `attribute`, `groups` (G), `teachers` (T), `stages` (list of dicts stage, weight [G][T]) and
+      `path` (dict `step` [S], `weight` [S][G]); 1 is what all weigh without balancing, null who takes no part.
+
+    Rows of `leakage` have the group that a probe reads in attribute and group; those of `scarcity_auroc[_gap|_worst]`
+    the share of labels used in `target`, as text, and in value, lo, hi the mean and the range over seeds; those of
+    `holdout_auroc` the group trained on in `target`, "all" for everybody, and the one tested on in `group`.
 
     NaN, infinities and array scalars become plain JSON values at construction, so `load(write(r)) == r`.
     """
@@ -64,7 +93,7 @@ class GroupReport:
     @property
     def reading(self) -> Reading:
         """The rows of the headline split, by their keys."""
-        return findings.read(self.rows, self.context)
+        return read(self.rows, self.context)
 
 
 def write(report: GroupReport, folder: Path) -> list[Path]:
@@ -74,17 +103,17 @@ def write(report: GroupReport, folder: Path) -> list[Path]:
     """
     reading = report.reading
     past = [
-        (stage, findings.read(_tidy(rows), report.context | {"split": reading.split}))
+        (stage, read(_tidy(rows), report.context | {"split": reading.split}))
         for stage, rows in report.context.get("history", ())
     ]
-    view = findings.view(report.stage, reading, past, report.context)
+    view = _view(report.stage, reading, past, report.context)
     texts = {
         "json": _json(report),
         "csv": _csv(report.rows),
-        "md": _environment().get_template("report.md.j2").render(view),
-        "html": _environment().get_template("report.html.j2").render(view),
+        "md": environment().get_template("report.md.j2").render(view),
+        "html": environment().get_template("report.html.j2").render(view),
     }
-    return [_write(folder / f"{report.stage}.{suffix}", text) for suffix, text in texts.items()]
+    return [put(folder / f"{report.stage}.{suffix}", text) for suffix, text in texts.items()]
 
 
 def load(path: Path) -> GroupReport:
@@ -105,19 +134,114 @@ def load(path: Path) -> GroupReport:
 def headline(report: GroupReport) -> str:
     """A plain table for the terminal, at most 100 columns: predictors × (everybody, groups of the first attribute).
 
-    AUROC of the linear readout on the headline split, one block a label (the first three); without labels, FVU.
+    The main metric of a label on the headline split, one block a label (the first three); without labels, FVU.
     """
     reading = report.reading
     first = next((attribute for attribute, _ in reading.places if attribute), "")
     places = [place for place in reading.places if place[0] in ("", first)]
     made = " (simulated)" if first in reading.simulated else ""
     lines = [f"stage {report.stage}, {reading.split} split{f', by {first}{made}' if first else ''}; 95 % intervals"]
-    blocks = [(f"AUROC, {label}", [(one, AUROC) for one in reading.models(label)]) for label in reading.labels]
+    blocks = [
+        (f"{reading.measure(label)}, {label}", [(one, reading.main(label)) for one in reading.models(label)])
+        for label in reading.labels
+    ]
     for title, series in blocks[:3] or [("variance unexplained (FVU)", reading.targets())]:
         lines += ["", *_block(title, series, places, reading)]
     if len(blocks) > 3:
         lines += ["", f"labels left for the report: {len(blocks) - 3}"]
     return "\n".join(lines)
+
+
+# ── What the templates draw ──
+
+
+def _section(
+    reading: Reading, past: Sequence[tuple[str, Reading]], label: str, given: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The figures and tables of one label. Lists are empty, and `bands` of figures, where there is nothing to show."""
+    models, (first, who) = reading.models(label), reading.first(label)
+    attributes = [(attribute, "all") for attribute in reading.attributes]
+    measured = {variant for variant, (subject, _), _ in reading.cells if subject == label}
+
+    def table(metrics: Mapping[str, str], places: Sequence[Place], readout: str = "linear") -> dict[str, Any]:
+        """Only the columns of which there are rows."""
+        found = {(metric, readout): name for metric, name in metrics.items() if (metric, readout) in measured}
+        lines = [(one, list(found)) for one in models]
+        return {"columns": list(found.values()), "bands": figures.bands(reading, lines, places)}
+
+    def spread(metrics: Mapping[str, str]) -> dict[str, Any]:
+        # A sum over groups counts a patient once in each.
+        found = table(metrics, attributes)
+        return found | {"bands": [band | {"support": ""} for band in found["bands"]]}
+
+    main, measure, readouts = reading.main(label), reading.measure(label), reading.readouts(label)
+    level = reading.level(label, first, OVERALL)
+    pairs = figures.figure(reading, [(one, [main]) for one in reading.pairs(label)], 0.0)
+    return {
+        "label": label,
+        "who": who,
+        "measure": measure,
+        "classes": reading.classes.get(label, ()),
+        "readouts": list(readouts.values()),
+        "levels": figures.figure(reading, [(one, list(readouts)) for one in models], level["value"] if level else None),
+        "pairs": pairs,
+        "adjusted": any(rows[0]["p_holm"] is not None for band in pairs["bands"] for _, rows in band["lines"]),
+        "tradeoffs": figures.tradeoffs(reading, past, label),
+        "curves": figures.curves(reading, label),
+        "operating": figures.operating(reading, label, given),
+        "spreads": spread({f"{main[0]}_{summary}": name.format(measure) for summary, name in SPREADS.items()}),
+        "criteria": spread(CRITERIA),
+        "rates": table(RATES, reading.places),
+        "own": table(RATES, reading.places, OWN),
+        "qualities": table(QUALITIES, reading.places),
+        "scarcity": figures.scarcity(reading, label),
+        "scarce": findings.scarcity_finding(reading, label),
+        "holdout": figures.holdout(reading, label),
+    }
+
+
+def _view(
+    stage: str, reading: Reading, past: Sequence[tuple[str, Reading]], context: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that the templates draw."""
+    said = {label: findings.label_finding(reading, label) for label in reading.labels}
+    heads = [said[label] for label in reading.heads]
+    unexplained = findings.fvu_finding(reading)
+    if len(heads) == 1:
+        [(lead, details)] = heads
+        more = [details, findings.tally(reading), " ".join(unexplained)]
+    elif heads:
+        few = "There are too few patients to compare the student with its teachers."
+        alone = f"{findings.count(len(heads), 'label')}, each with the group in which it is recognised least well."
+        lead = findings.tally(reading) or (few if reading.has_student else alone)
+        more = [*(short for short, _ in heads), " ".join(unexplained)]
+    else:
+        lead, details = unexplained if unexplained[0] else ("There is too little data for a finding.", "")
+        lacking = "No probe could be fitted for the labels" if context.get("labels") else "There are no labels"
+        reason = f"{lacking}, so this report cannot say whether the student does its task as well as its teachers."
+        more = [details, f"{reason} It says how much of their features the student reproduces, group by group."]
+    # What leads the report is not said again below.
+    led = reading.heads if len(heads) == 1 else []
+    sections = [
+        _section(reading, past, label, context.get("curves", ())) | {"said": "" if label in led else " ".join(words)}
+        for label, words in said.items()
+    ]
+    return {
+        "stage": stage,
+        "name": context.get("name", ""),
+        "reading": reading,
+        "who": SPLITS.get(reading.split, f"{reading.split} patients"),
+        "lead": lead,
+        "more": [text for text in more if text.strip()],
+        "sections": sections,
+        "fvu": figures.figure(reading, [(one, [variant]) for one, variant in reading.targets()], FVU_BAR),
+        "leakage": figures.leakage(reading),
+        "revealed": findings.leakage_finding(reading),
+        "charts": figures.charts([*past, (stage, reading)]),
+        "weights": figures.weights(context.get("weights")),
+        "people": figures.people(reading, context.get("groups", ())),
+        "limits": findings.limits(reading, context),
+    }
 
 
 # ── Values and checks ──
@@ -235,7 +359,7 @@ def _markdown(text: Any) -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     import jinja2
 
     environment = jinja2.Environment(
@@ -250,14 +374,12 @@ def _environment() -> jinja2.Environment:
         **{"number": findings.number, "interval": findings.interval, "estimate": findings.estimate},
         **{"notes": findings.gap_notes, "listed": findings.listed, "p_value": findings.p_value, "markdown": _markdown},
     }
-    environment.globals |= {"verdict": findings.verdict, "count": findings.count, "FVU_BAR": findings.FVU_BAR}
-    environment.globals |= {
-        name: list(getattr(findings, name).values()) for name in ("RATES", "QUALITIES", "SPREADS", "CRITERIA")
-    }
+    environment.globals |= {"verdict": findings.verdict, "count": findings.count, "FVU_BAR": FVU_BAR}
     return environment
 
 
-def _write(path: Path, text: str) -> Path:
+def put(path: Path, text: str) -> Path:
+    """Write a file beside its place, then rename. Raises DataError naming it where that fails."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +394,7 @@ def _write(path: Path, text: str) -> Path:
         except OSError as nested:
             error.add_note(str(nested))
         raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out, "
-            "then run `agglom evaluate`"
+            f"{path}: cannot be written ({error.strerror or error}); make room or choose another folder, "
+            "then run `agglom evaluate` or `agglom compare` again"
         ) from error
     return path

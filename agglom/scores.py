@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,11 @@ def read(path: Path) -> Table:
     Raises DataError where it cannot be read or lacks a column.
     """
     _, table, problems = tables.read(path, "the table of scores", "Name it with --predictions")
+    return parse(table, problems)
+
+
+def parse(table: pa.Table, problems: Problems) -> Table:
+    """The cells of a table of scores, or of a part of it. Raises DataError where it lacks a column."""
     names = table.column_names
     long = "predictor" in names or {"label", "score"} <= set(names)
     problems.found += [f"column '{name}' appears {n} times. Keep one" for name, n in Counter(names).items() if n > 1]
@@ -150,11 +156,7 @@ def match(table: Table, manifest: Manifest, labels: Sequence[str]) -> Scores:
     All rows of test (of val, where there is no test) need a score of each predictor; those of val all or none. Raises
     DataError as `load`.
     """
-    problems = table.problems
-    label_C, first_I = _label_of(table, labels)[table.label_C], np.unique(table.image_C, return_index=True)[1]
-    row_I = rows_of(table.images, manifest, problems, lambda index: problems.at(table.row_C[first_I[index]]))
-    row_C = row_I[table.image_C]
-    problems.throw()
+    problems, (label_C, row_C) = table.problems, placed(table, manifest, labels)
     key_C = (row_C * len(labels) + label_C) * len(table.series) + table.series_C
     _, first_U, of_C = np.unique(key_C, return_index=True, return_inverse=True)
     table.mark(
@@ -168,20 +170,22 @@ def match(table: Table, manifest: Manifest, labels: Sequence[str]) -> Scores:
     score_PNL = np.full((len(table.series), len(manifest), len(used)), np.nan)
     score_PNL[table.series_C, row_C, column_C] = table.score_C
     truth_NL = manifest.label_NL[:, [manifest.labels.index(name) for name in names]]
-    scored_N = ~np.isnan(score_PNL).all((0, 2))
-    notes = [f"Not scored, hence not evaluated: {', '.join(one for one in labels if one not in names)}."]
-    notes = [] if len(names) == len(labels) else notes
-    for count, what in (
-        (int((scored_N & (manifest.split_N == "train")).sum()), "are of train"),
-        (int((scored_N & np.isnan(truth_NL).all(1)).sum()), "have no known label"),
-    ):
-        notes += [f"Scored images that {what}, hence are not evaluated: {count:,}."] if count else []
+    notes = notes_on(manifest, labels, names, truth_NL, ~np.isnan(score_PNL).all((0, 2)))
     score_PNL[:, np.isnan(truth_NL)] = np.nan
-    _check_complete(table, manifest, names, truth_NL, score_PNL)
+    check_complete(table, manifest, names, truth_NL, ~np.isnan(score_PNL))
     problems.throw()
     rows_N = np.flatnonzero(np.isin(manifest.split_N, ("val", "test")) & ~np.isnan(score_PNL).all((0, 2)))
     predictors, readouts = zip(*table.series, strict=True)
     return Scores(predictors, readouts, tuple(names), rows_N, score_PNL[:, rows_N], tuple(notes))
+
+
+def placed(table: Table, manifest: Manifest, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """For each cell the place of its label among `labels`, and its row of the manifest. Raises DataError."""
+    label_C, first_I = _label_of(table, labels)[table.label_C], np.unique(table.image_C, return_index=True)[1]
+    problems = table.problems
+    row_I = rows_of(table.images, manifest, problems, lambda index: problems.at(table.row_C[first_I[index]]))
+    problems.throw()
+    return label_C, row_I[table.image_C]
 
 
 # ── From the file to cells ──
@@ -304,19 +308,15 @@ def _label_of(table: Table, labels: Sequence[str]) -> np.ndarray:
     return found
 
 
-def rows_of(
-    images: Sequence[str], manifest: Manifest, problems: Problems, at: Callable[[int], str]
-) -> np.ndarray:
+def rows_of(images: Sequence[str], manifest: Manifest, problems: Problems, at: Callable[[int], str]) -> np.ndarray:
     """For each image its row of the manifest, −1 where it has none, which is a problem told with `at` of its index."""
-    row_of = {cell: row for row, cell in enumerate(manifest.cells)}
-    times = Counter(map(os.path.basename, manifest.cells))
-    named = {os.path.basename(cell): row for row, cell in enumerate(manifest.cells)}
-    found = np.full(len(images), -1)
+    row_of, rows_named = _index(manifest)
+    found = np.fromiter((row_of.get(image, -1) for image in images), np.int64, len(images))
     shared = np.zeros(len(images), bool)
-    for index, image in enumerate(images):
-        name = os.path.basename(image)
-        shared[index] = image not in row_of and times[name] > 1
-        found[index] = row_of.get(image, named.get(name, -1) if times[name] == 1 else -1)
+    for index in np.flatnonzero(found < 0).tolist():
+        rows = rows_named.get(os.path.basename(images[index]), [])
+        shared[index] = len(rows) > 1
+        found[index] = rows[0] if len(rows) == 1 else -1
     unknown = np.flatnonzero((found < 0) & ~shared & (np.array(images) != ""))
     for kind, marked, remedy in (
         ("images that are not in the manifest", unknown, f"Name them as {manifest.path} does, or by file name"),
@@ -326,14 +326,37 @@ def rows_of(
     return found
 
 
-def _check_complete(
-    table: Table, manifest: Manifest, names: Sequence[str], truth_NL: np.ndarray, score_PNL: np.ndarray
+def notes_on(
+    manifest: Manifest, labels: Sequence[str], names: Sequence[str], truth_NL: np.ndarray, scored_N: np.ndarray
+) -> list[str]:
+    """What is not evaluated, in sentences: `labels` that are not among the scored `names`, and scored images."""
+    notes = [f"Not scored, hence not evaluated: {', '.join(one for one in labels if one not in names)}."]
+    notes = [] if len(names) == len(labels) else notes
+    for count, what in (
+        (int((scored_N & (manifest.split_N == "train")).sum()), "are of train"),
+        (int((scored_N & np.isnan(truth_NL).all(1)).sum()), "have no known label"),
+    ):
+        notes += [f"Scored images that {what}, hence are not evaluated: {count:,}."] if count else []
+    return notes
+
+
+@lru_cache(maxsize=1)
+def _index(manifest: Manifest) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """The row of each image, and the rows of each file name: made once for all parts of a table."""
+    rows_named: dict[str, list[int]] = {}
+    for row, cell in enumerate(manifest.cells):
+        rows_named.setdefault(os.path.basename(cell), []).append(row)
+    return {cell: row for row, cell in enumerate(manifest.cells)}, rows_named
+
+
+def check_complete(
+    table: Table, manifest: Manifest, names: Sequence[str], truth_NL: np.ndarray, has_PNL: np.ndarray
 ) -> None:
     """Every predictor on the same rows, and all rows of the splits that are evaluated."""
-    problems, has_PNL = table.problems, ~np.isnan(score_PNL)
+    problems = table.problems
     headline_N = manifest.split_N == manifest.headline
     val_N = manifest.split_N == "val"
-    has_NL, scored_PL = has_PNL.any(0), has_PNL.any(1)
+    has_NL, scored_PL = (np.logical_or.reduce(has_PNL, axis) for axis in (0, 1))
     due_NL = (headline_N | (val_N & has_NL[val_N].any()))[:, None] & ~np.isnan(truth_NL)
     if not due_NL.any():
         problems.add(f"nothing to evaluate: {manifest.path} has no row of test or of val with a known label")

@@ -15,14 +15,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agglom import targets
+from agglom import targets, zeroshot
 from agglom.assemble import Run, batches, gathered
 from agglom.core import normalise
 from agglom.core.normalise import Moments
 from agglom.core.types import Features
 from agglom.errors import CacheError, DataError
 from agglom.probes import Readout
+from agglom.reading import Row
 from agglom.targets import Normaliser
+from agglom.zeroshot import Prompted
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,16 @@ class Pool:
 class Survey:
     """What rank 0 keeps: `rows_N` are manifest rows, `held_M` those of val and test on which FVU is measured.
 
-    `readouts` remembers the probes by (label, kind, predictor): a frozen teacher's are fitted once, too.
+    `prompted` are the prompts as each teacher with a text tower embeds them. `readouts` remembers the probes by (label,
+    kind, predictor), `studies` the rows of `studies.rows` by predictor: a frozen teacher's are made once, too.
     """
 
     rows_N: np.ndarray
     held_M: np.ndarray
     pools: dict[str, Pool]
+    prompted: dict[str, Prompted] = field(default_factory=dict)
     readouts: dict[tuple[str, str, str], Readout | None] = field(default_factory=dict)
+    studies: dict[str, list[Row]] = field(default_factory=dict)
 
 
 def chosen_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -61,11 +66,14 @@ def chosen_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(np.concatenate([train, *held])), np.sort(np.concatenate(few))
 
 
-def survey(run: Run) -> tuple[Survey | None, dict[str, Normaliser]]:
+def survey(run: Run, *, prompted: bool = True) -> tuple[Survey | None, dict[str, Normaliser]]:
     """Encode with every teacher once, or read what an earlier start of the same run has stored.
 
-    Returns the pools (rank 0 only) and the normalisers (every rank, on its device).
+    Returns the pools (rank 0 only) and the normalisers (every rank, on its device). `prompted`: embed the prompts, too.
     """
+    # First, since a text tower may be absent, and it is gone before the images need the memory.
+    prompts = run.job.evaluate.prompts if prompted else {}
+    embedded = run.world.on_main(lambda: zeroshot.embed(run.teachers, prompts)) or {}
     path, folder = run.out / "normaliser.safetensors", run.out / "features"
     pools = run.world.on_main(lambda: _stored(path, folder, run))
     if not run.world.broadcast(pools is not None):
@@ -76,7 +84,7 @@ def survey(run: Run) -> tuple[Survey | None, dict[str, Normaliser]]:
     # What is read back has the precision of the file: a resumed run starts from the same bits.
     normalisers = run.world.attempt(lambda: targets.load(path, run.teachers, run.identity))
     rows, held = chosen_rows(run)
-    found = Survey(rows, held, pools) if pools is not None else None
+    found = Survey(rows, held, pools, embedded) if pools is not None else None
     return found, {name: normaliser.to(run.world.device) for name, normaliser in normalisers.items()}
 
 

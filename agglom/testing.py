@@ -6,6 +6,7 @@ Every check says what was expected and what was found. The same suite runs in te
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from agglom import plugins
 from agglom.config import Job
 from agglom.core.tokens import Conditioner, flatten_map, freeze, weights_digest
-from agglom.core.types import Derived, Dims, Features, PixelSpec, Student, Teacher
+from agglom.core.types import Derived, Dims, Features, PixelSpec, Student, Teacher, Text
 from agglom.errors import PluginError
 
 ATOL = 1e-4
@@ -117,6 +118,8 @@ def teacher_checks(
     yield "frozen and in evaluation mode", lambda: _frozen(teacher)
     yield "fingerprint is that of a second build", lambda: _same_fingerprint(teacher, again)
     yield "licence is named", lambda: _expect(bool(teacher.licence), "a licence, or 'unknown'", teacher.licence)
+    if (load := teacher.text) is not None:
+        yield "texts and summaries share a space", lambda: _shared_space(teacher, load())
 
 
 def student_checks(student: Student) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -278,6 +281,24 @@ def _frozen(teacher: Teacher) -> None:
 def _same_fingerprint(teacher: Teacher, again: Teacher) -> None:
     _expect(bool(teacher.fingerprint), "a fingerprint", teacher.fingerprint)
     _expect(again.fingerprint == teacher.fingerprint, teacher.fingerprint, again.fingerprint)
+
+
+def _shared_space(teacher: Teacher, text: Text) -> None:
+    words = ("a cat", "two dogs", "the sea")
+    text_NE, turned_NE = text.embed(words), text.embed(words[::-1]).flip(0)
+    _expect(text_NE.dtype == torch.float32, "embeddings in float32", str(text_NE.dtype))
+    _expect(text_NE.ndim == 2 and len(text_NE) == 3, "embeddings (3, E) of 3 texts", tuple(text_NE.shape))
+    _expect(bool(text_NE.isfinite().all()), "finite embeddings", "some that are not")
+    _expect(torch.allclose(text_NE, turned_NE, atol=ATOL), "the same embeddings in reversed order", "others")
+    summary_BD = teacher.encode(_pixels(_side(teacher.pixels))).summary_BD
+    if summary_BD is None:
+        raise Broken("expected a summary to compare texts with, got none")
+    image_BE, longer_BE = text.project(summary_BD), text.project(3 * summary_BD)
+    wanted = len(summary_BD), text_NE.shape[1]
+    _expect(image_BE.shape == wanted, f"projected summaries {wanted}", tuple(image_BE.shape))
+    cosine = torch.cosine_similarity(image_BE, longer_BE).min().item()
+    _expect(cosine > 1 - ATOL, "a direction that does not depend on the length of the summary", f"cosine {cosine}")
+    _expect(0 < text.scale < math.inf, "a positive scale", text.scale)
 
 
 def _fit(teacher: Teacher, again: Teacher, derived: Derived, source: Teacher) -> None:

@@ -1,20 +1,25 @@
-"""The vision tower of any OpenCLIP model as a teacher: CLIP, EVA-CLIP, SigLIP, CoCa, BiomedCLIP, …
+"""The towers of any OpenCLIP model as a teacher: CLIP, EVA-CLIP, SigLIP, CoCa, BiomedCLIP, …
 
 Source: https://github.com/mlfoundations/open_clip (MIT); the weights have the licence that their authors chose.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from agglom.core.tokens import Conditioner, flatten_map, freeze, to_float32, weights_digest
-from agglom.core.types import Features, PixelSpec, Teacher
+from agglom.core.types import Features, PixelSpec, Teacher, Text
 from agglom.errors import PluginError
 from agglom.weights import hub_error, measured
 
 
 def build(*, model: str, pretrained: str | None = None, size: int | None = None) -> Teacher:
-    """A frozen vision tower; the text tower is dropped.
+    """A frozen vision tower; the text tower is loaded where prompts ask for it.
 
     model: a name of OpenCLIP (`ViT-B-32`), `hf-hub:…` or `local-dir:…` (a folder with `open_clip_config.json` and
     weights); pretrained: tag or local file, needed with a bare name; size: side of the input in pixels (default:
@@ -29,12 +34,7 @@ def build(*, model: str, pretrained: str | None = None, size: int | None = None)
         tags = [tag for name, tag in open_clip.list_pretrained() if name == model]
         choice = f"one of its tags ({', '.join(tags)}) or a local file" if tags else "a local file"
         raise PluginError(f"teachers.open_clip: '{model}' needs `pretrained`: {choice}")
-    try:
-        tower = open_clip.create_model(
-            model, pretrained=pretrained, force_image_size=size, pretrained_text=False, require_pretrained=True
-        ).visual
-    except Exception as error:  # the hub's client raises errors of several libraries
-        raise hub_error("teachers.open_clip", model, error) from error
+    tower = _create(model, pretrained, size).visual
     height, width = tower.image_size if isinstance(tower.image_size, tuple) else (tower.image_size,) * 2
     if height != width:
         raise PluginError(f"teachers.open_clip: '{model}' takes {height}×{width} px: set `size` to make it square")
@@ -62,4 +62,44 @@ def build(*, model: str, pretrained: str | None = None, size: int | None = None)
         pixels=PixelSpec(mean=mean, std=std, patch=height // grid[0], size=height),
         fingerprint=weights_digest(tower, f"open_clip/{name}/{mean}/{std}/{height}"),
         licence="unknown",
+        text=partial(_text, model, pretrained),
     )
+
+
+def _text(model: str, pretrained: str | None) -> Text:
+    """Raises PluginError where weights or tokenizer are not to be had; so does `embed` for a text that is too long."""
+    import open_clip
+
+    net = _create(model, pretrained)
+    try:
+        tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise hub_error("teachers.open_clip", model, error) from error
+    del net.visual
+    freeze(net)
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> Tensor:
+        token_NL = tokenizer(list(texts))
+        # Tokenizers cut without a word; where they do not, one token of room more, on whichever side, changes nothing.
+        roomy_NL = tokenizer(list(texts), context_length=token_NL.shape[1] + 1)
+        whole_N = (roomy_NL[:, :-1] == token_NL).all(1) | (roomy_NL[:, 1:] == token_NL).all(1)
+        if not whole_N.all():
+            raise PluginError(
+                f"teachers.open_clip: '{model}' reads {token_NL.shape[1]} tokens, too few for the prompt "
+                f"'{texts[int(whole_N.int().argmin())]}': shorten it"
+            )
+        return net.encode_text(token_NL, normalize=False).float()
+
+    return Text(embed, lambda summary_BD: summary_BD, net.logit_scale.exp().item())
+
+
+def _create(model: str, pretrained: str | None, size: int | None = None) -> Any:
+    import open_clip
+
+    try:
+        return open_clip.create_model(
+            model, pretrained=pretrained, force_image_size=size, pretrained_text=False, require_pretrained=True
+        )
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise hub_error("teachers.open_clip", model, error) from error

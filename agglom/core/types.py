@@ -6,7 +6,7 @@ NamedTuples cross the DeepSpeed engine (ZeRO-3 hooks see into tuples and dicts);
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -72,8 +72,26 @@ class Derived:
 
 
 @dataclass(frozen=True)
+class Text:
+    """The text side of a teacher of images and text, on the CPU.
+
+    `embed` maps n texts to float32 (n, E), `project` float32 summaries (B, D) into the same space (B, E); `scale`
+    multiplies their cosines before a softmax. The direction of what `project` returns depends on the direction of the
+    summary alone: a student learns no more of it under an angular loss.
+    """
+
+    embed: Callable[[Sequence[str]], Tensor]
+    project: Callable[[Tensor], Tensor]
+    scale: float
+
+
+@dataclass(frozen=True)
 class Teacher:
-    """A frozen encoder. `encode` maps pixels in [0, 1] (B, C, H, W) to Features of the declared dims."""
+    """A frozen encoder. `encode` maps pixels in [0, 1] (B, C, H, W) to Features of the declared dims.
+
+    `text` loads the text tower that shares a space with the summary; None where there is no such tower. Nobody keeps
+    it in memory longer than the prompts take to embed.
+    """
 
     module: nn.Module
     encode: Callable[[Tensor], Features]
@@ -82,6 +100,7 @@ class Teacher:
     fingerprint: str
     licence: str
     derived: Derived | None = None
+    text: Callable[[], Text] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from agglom import plugins, testing
-from agglom.core.types import Dims, Features
+from agglom import plugins, testing, zeroshot
+from agglom.config import Prompts
+from agglom.core.types import Dims, Features, Text
 from agglom.errors import PluginError
 
 SMALL = {
@@ -29,6 +31,7 @@ TEXT = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
+    "max_position_embeddings": 8,
 }
 LEVELS = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
@@ -40,6 +43,17 @@ def assert_conforms(kind, **options):
 
 def make(kind, **options):
     return plugins.build(kind, "teachers", options)
+
+
+SEEN = ("a cat", "the dog of the sea", "two red cars")
+
+
+def zero_shot(teacher, pixels):
+    """Probabilities (images, 3) of three classes, each of which has one of the texts that are `SEEN`."""
+    prompts = {f"seen={text}": Prompts(positive=(text,)) for text in SEEN}
+    prompted = zeroshot.embed({"one": teacher}, prompts)["one"]
+    logits = [prompted.logit(label, teacher.encode(pixels).summary_BD) for label in prompts]
+    return torch.from_numpy(1 / (1 + np.exp(-np.stack(logits, 1))))
 
 
 @pytest.fixture(autouse=True)
@@ -179,21 +193,32 @@ def test_timm_says_what_is_wrong(tmp_path):
 # ── open_clip ──
 
 
+def save_open_clip(folder, name):
+    """A tiny model in a folder, with random weights."""
+    import open_clip
+
+    vision = {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    if name == "siglip":
+        config |= {"custom_text": True, "init_logit_bias": -10, "init_logit_scale": 2.3}
+    if name == "coca":
+        config["vision_cfg"] |= {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+        config["text_cfg"] |= {"width": 24, "embed_cls": True, "output_tokens": True}
+        config |= {"custom_text": True, "multimodal_cfg": {"width": 24, "heads": 2, "layers": 1, "context_length": 8}}
+    preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    torch.manual_seed(0)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, output_dict=True).eval()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return model
+
+
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A tiny OpenCLIP model in a local folder, and its own vision tower."""
-    import open_clip
-
     folder = tmp_path_factory.mktemp("open_clip")
-    vision = {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
-    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
-    model = open_clip.CLIP(24, open_clip.CLIPVisionCfg(**vision), open_clip.CLIPTextCfg(**text)).eval()
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
-    content = {"model_cfg": config, "preprocess_cfg": preprocess}
-    (folder / "open_clip_config.json").write_text(json.dumps(content))
-    return folder, model.visual
+    return folder, save_open_clip(folder, "clip").visual
 
 
 def test_open_clip(clip_folder):
@@ -213,6 +238,30 @@ def test_open_clip(clip_folder):
     torch.testing.assert_close(features.patches_BND, tokens)
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip", "coca"])
+def test_open_clip_reads_texts_as_upstream(tmp_path, name):
+    import open_clip
+
+    model = save_open_clip(tmp_path, name)
+    teacher = make("open_clip", model=f"local-dir:{tmp_path}")
+    pixels = torch.rand(len(SEEN), 3, 64, 64)  # CoCa's own forward is of pairs
+    mean, std = (torch.tensor(c)[:, None, None] for c in (teacher.pixels.mean, teacher.pixels.std))
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}")(list(SEEN))
+    with torch.no_grad():
+        found = model((pixels - mean) / std, tokens)
+    logits = found["logit_scale"] * found["image_features"] @ found["text_features"].T
+    theirs = (logits + found.get("logit_bias", 0)).softmax(1).double()
+    assert theirs.std(0).max() > 1e-4
+    torch.testing.assert_close(zero_shot(teacher, pixels), theirs, atol=1e-5, rtol=0)
+
+
+def test_open_clip_refuses_a_prompt_that_would_be_cut(clip_folder):
+    text = make("open_clip", model=f"local-dir:{clip_folder[0]}").text()
+    assert text.embed(["a a a a a a"]).shape == (1, 24)
+    with pytest.raises(PluginError, match=r"reads 8 tokens, too few for the prompt 'a a a a a a a': shorten it"):
+        text.embed(["a cat", "a a a a a a a"])
+
+
 def test_open_clip_says_what_is_wrong(tmp_path):
     with pytest.raises(PluginError, match=r"'ViT-B-32' needs `pretrained`: one of its tags \(.*laion2b"):
         make("open_clip", model="ViT-B-32")
@@ -223,12 +272,34 @@ def test_open_clip_says_what_is_wrong(tmp_path):
 # ── transformers ──
 
 
+def save_tokenizer(folder, inputs):
+    """A tokenizer of whole words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    words = [*special.values(), *dict.fromkeys(" ".join(SEEN).split())]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("<bos>", 1), ("<eos>", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ends)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **special)
+    fast.save_pretrained(folder)
+
+
 def save_transformers(folder, name):
     import transformers as tf
 
     nets = {
         "clip": lambda: tf.CLIPModel(tf.CLIPConfig(vision_config=SMALL, text_config=TEXT, projection_dim=16)),
         "clip_vision": lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**SMALL)),
+        "metaclip": lambda: tf.MetaClip2Model(
+            tf.MetaClip2Config(vision_config=SMALL, text_config=TEXT, projection_dim=16)
+        ),
+        "siglip_whole": lambda: tf.SiglipModel(tf.SiglipConfig(vision_config=SMALL, text_config=TEXT)),
+        "siglip_whole_headless": lambda: tf.SiglipModel(
+            tf.SiglipConfig(vision_config=SMALL | {"vision_use_head": False}, text_config=TEXT)
+        ),
         "siglip": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**SMALL)),
         "siglip_headless": lambda: tf.SiglipVisionModel(tf.SiglipVisionConfig(**SMALL, vision_use_head=False)),
         "dinov2": lambda: tf.Dinov2Model(tf.Dinov2Config(**SMALL)),
@@ -246,6 +317,9 @@ def save_transformers(folder, name):
     torch.manual_seed(0)
     net = nets[name]()
     net.save_pretrained(folder)
+    if hasattr(net, "text_model"):
+        # SigLIP has learnt its texts with what pads them, so its tokenizers give no mask.
+        save_tokenizer(folder, ["input_ids"] if "siglip" in name else ["input_ids", "attention_mask"])
     constants = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "do_normalize": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(constants))
     return net.eval()
@@ -283,6 +357,44 @@ def test_transformers(tmp_path, name, prefix, dims):
     torch.testing.assert_close(features.patches_BND, expected, atol=1e-5, rtol=1e-4)
     if dims.summary:
         torch.testing.assert_close(features.summary_BD, output.pooler_output.flatten(1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["clip", "metaclip", "siglip_whole"])
+def test_transformers_reads_texts_as_upstream(tmp_path, name):
+    from transformers import AutoTokenizer
+
+    net = save_transformers(tmp_path, name)
+    assert_conforms("transformers", model=str(tmp_path))
+    teacher = make("transformers", model=str(tmp_path))
+    pixels = torch.rand(4, 3, 64, 64)
+    padding = {"padding": "max_length", "max_length": 8} if name == "siglip_whole" else {"padding": True}
+    tokens = AutoTokenizer.from_pretrained(tmp_path)(list(SEEN), return_tensors="pt", **padding)
+    with torch.no_grad():
+        theirs = net(**tokens, pixel_values=teacher.module.condition(pixels)).logits_per_image.softmax(1).double()
+    assert theirs.std(0).max() > 1e-4
+    torch.testing.assert_close(zero_shot(teacher, pixels), theirs, atol=1e-5, rtol=0)
+
+
+def test_transformers_without_a_space_shared_with_text(tmp_path):
+    """No text tower; no summary to compare; a text tower that the checkpoint has no weights of."""
+    for name in ("clip_vision", "dinov2", "siglip_whole_headless"):
+        save_transformers(tmp_path / name, name)
+        assert make("transformers", model=str(tmp_path / name)).text is None, name
+    net = save_transformers(tmp_path / "clip", "clip")
+    state = {key: value for key, value in net.state_dict().items() if not key.startswith("text_model.")}
+    save_file(state, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
+    assert make("transformers", model=str(tmp_path / "clip")).text is None
+
+
+def test_transformers_says_what_is_wrong_with_texts(tmp_path):
+    save_transformers(tmp_path, "clip")
+    teacher = make("transformers", model=str(tmp_path))
+    with pytest.raises(PluginError, match=r"reads 8 tokens, too few for the prompt 'a a a a a a a': shorten it"):
+        teacher.text().embed(["a a a a a a", "a a a a a a a"])
+    for path in tmp_path.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(PluginError, match=r"has a text tower but no tokenizer: save it beside the weights"):
+        teacher.text()
 
 
 def test_transformers_takes_the_class_token_where_the_checkpoint_has_no_pooler(tmp_path):
@@ -392,6 +504,11 @@ def test_erased_fingerprint_is_that_of_source_and_options():
 # ── the suite itself ──
 
 
+def speaking(**change):
+    good = {"embed": lambda texts: torch.ones(len(texts), 16), "project": lambda summary: summary, "scale": 1.0}
+    return lambda: Text(**good | change)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -405,6 +522,12 @@ def test_erased_fingerprint_is_that_of_source_and_options():
         ({"encode": lambda e: lambda x: Features(e(x)[0] / 0, *e(x)[1:])}, "features are finite"),
         ({"fingerprint": ""}, "fingerprint"),
         ({"licence": ""}, "licence is named"),
+        ({"text": speaking(embed=lambda texts: torch.rand(len(texts), 16))}, "the same embeddings in reversed order"),
+        ({"text": speaking(embed=lambda texts: torch.ones(len(texts), 16) / 0)}, "expected finite embeddings"),
+        ({"text": speaking(embed=lambda texts: torch.ones(1, 16))}, "embeddings (3, E) of 3 texts, got (1, 16)"),
+        ({"text": speaking(project=lambda x: x[:, :4])}, "projected summaries (2, 16), got (2, 4)"),
+        ({"text": speaking(project=lambda x: x + torch.arange(16))}, "does not depend on the length of the summary"),
+        ({"text": speaking(scale=0.0)}, "a positive scale, got 0.0"),
     ],
 )
 def test_the_suite_finds_what_is_broken(monkeypatch, change, message):

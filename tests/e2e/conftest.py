@@ -20,7 +20,7 @@ from agglom.data.sampler import stream
 
 HERE = Path(__file__).parent
 TEACHER, STUDENT = str(HERE / "tiny_teacher.py"), str(HERE / "tiny_student.py")
-LABELS = {"data.labels": ["even"]}
+LABELS = {"data.labels": ["even"], "evaluate.leakage": True}
 TRAIN = 24
 CLOCK = ("images_per_s", "memory_mib")
 
@@ -58,7 +58,7 @@ def base_job(images):
             {"name": "warm", "length": "4 steps", "size": 32, "teachers": ["one", "two"], "warmup": "2 steps"},
             {"name": "full", "length": "6 steps", "size": 64},
         ],
-        "evaluate": {"bootstrap": 20, "batch": 16},
+        "evaluate": {"bootstrap": 20, "batch": 16, "leakage": False},
         "log": {"every": "2 steps", "checkpoint": "3 steps", "keep": 100},
     }
 

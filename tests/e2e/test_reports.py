@@ -146,6 +146,24 @@ def test_rates_are_counted_at_the_threshold(lab, labelled, images):
         assert row["value"] == pytest.approx(value)
 
 
+def test_the_device_is_read_from_every_summary(lab, labelled, images):
+    """Leakage: of a teacher by hand from its stored features, without the images that are not annotated."""
+    with (images / "manifest.csv").open() as file:
+        table = list(csv.DictReader(file))
+    device = np.array([{"A": 0.0, "B": 1.0}.get(row["device"], np.nan) for row in table])
+    train, val, test = (np.array([row["split"] == name for row in table]) for name in ("train", "val", "test"))
+    train, val, test = (mask & ~np.isnan(device) for mask in (train, val, test))
+    summary = load_file(labelled / "features" / "one.safetensors")["summary"]
+    scores = probes.linear(summary, device, train, val).scores_N
+    rows = select(lab.rows(labelled), metric="leakage", split="test", readout="linear")
+    assert [(row["predictor"], row["group"]) for row in rows] == [
+        (name, group) for name in ("student", *sorted(TEACHERS)) for group in "AB"
+    ]
+    for row in select(rows, predictor="teacher/one"):
+        assert row["value"] == pytest.approx(roc_auc_score(device[test], scores[test]))
+        assert (row["n"], row["n_pos"]) == (test.sum(), (device[test] == (row["group"] == "B")).sum())
+
+
 def test_variance_unexplained_of_each_target(lab, labelled):
     rows = [row for row in lab.rows(labelled) if row["metric"].startswith("fvu")]
     for name in ("one", "two", "fair"):
@@ -229,6 +247,38 @@ def test_evaluate_writes_the_same_report_again(lab, labelled, out, capsys):
 def test_evaluate_with_other_groups(lab, out):
     assert cli.main(["evaluate", "--out", str(out), "--set", "data.groups=[]"]) == 0
     assert {row["attribute"] for row in lab.rows(out, "full")} == {""}
+
+
+def test_evaluate_with_studies(lab, labelled, out):
+    """Shares of the train patients, and fits on one device: options of a finished run, whose other rows stay."""
+    settings = ["evaluate.scarcity=[.5, 1]", "evaluate.scarcity_seeds=2", "evaluate.holdout=[device]"]
+    assert cli.main(["evaluate", "--out", str(out), *(word for one in settings for word in ("--set", one))]) == 0
+    for stage in ("teachers", "full"):
+        rows, asked = lab.rows(out, stage), ("scarcity", "holdout")
+        kept, studied = ([r for r in rows if r["metric"].startswith(asked) is found] for found in (False, True))
+        assert lab.same(kept, lab.rows(labelled, stage))
+        assert {row["predictor"] for row in studied} == TEACHERS | ({"student"} if stage == "full" else set())
+        whole = select(studied, metric="scarcity_auroc", target="1")
+        values = {(row["predictor"], row["split"], row["group"]): row["value"] for row in whole}
+        for row in select(kept, metric="auroc", readout="linear"):
+            if (key := (row["predictor"], row["split"], row["group"])) in values:
+                assert values.pop(key) == row["value"]
+        assert not values
+        places = {(row["target"], row["group"]) for row in select(studied, metric="holdout_auroc")}
+        assert places == {(target, group) for target in ("all", "A", "B") for group in "AB"}
+
+
+def test_evaluate_with_a_label_of_several_classes(lab, out):
+    """The run had no labels: probes are fitted for each class, and averaged over the classes."""
+    assert cli.main(["evaluate", "--out", str(out), "--set", "data.labels=[device=A, device=B]"]) == 0
+    auroc = {
+        row["label"]: row["value"]
+        for row in lab.rows(out, "full")
+        if (row["metric"], row["readout"], row["predictor"]) == ("auroc", "linear", "student")
+        and (row["split"], row["attribute"]) == ("test", "")
+    }
+    assert list(auroc) == ["device", "device=A", "device=B"]
+    assert auroc["device"] == pytest.approx((auroc["device=A"] + auroc["device=B"]) / 2)
 
 
 def test_compare_prints_the_paired_table(out, capsys):

@@ -8,12 +8,14 @@ options, so a job with them and one without are the same job.
 import hashlib
 import os
 import signal
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from agglom.core.types import Dims, Features, PixelSpec, Teacher
+from agglom.core.types import Dims, Features, PixelSpec, Teacher, Text
 
 PATCH = 16
 STAGE = 32
@@ -42,11 +44,29 @@ def parent(pid: int) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
 
 
-def build(*, seed: int = 0, width: int = 32, weights: str = "", nan_at: int = 0, nan_above: float = 0.5) -> Teacher:
+def speak(width: int) -> Text:
+    """A text tower that knows of characters alone."""
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in texts]
+        return torch.stack([torch.randn(width, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    return Text(embed, project=lambda summary_BD: summary_BD, scale=10.0)
+
+
+def build(
+    *,
+    seed: int = 0,
+    width: int = 32,
+    weights: str = "",
+    nan_at: int = 0,
+    nan_above: float = 0.5,
+    text: bool = False,
+) -> Teacher:
     """A frozen random encoder.
 
     weights: a file whose content is part of the fingerprint; nan_at: at this image size, the summary of an image
-    whose mean exceeds `nan_above` is NaN.
+    whose mean exceeds `nan_above` is NaN; text: whether it has a text tower.
     """
     net = Net(seed, width).eval().requires_grad_(False)
     batches = [0]
@@ -73,4 +93,5 @@ def build(*, seed: int = 0, width: int = 32, weights: str = "", nan_at: int = 0,
         pixels=PixelSpec(mean=(0.5,) * 3, std=(1.0,) * 3, patch=PATCH),
         fingerprint=hashlib.sha256(content + repr((seed, width, nan_at)).encode()).hexdigest(),
         licence="none",
+        text=partial(speak, width) if text else None,
     )

@@ -179,6 +179,15 @@ WRONG = {
     "erased attribute": ("teachers.erased.options.attribute=sx", "did you mean 'sex'?"),
     "negative weight": ("teachers.dinov2.weight=-1", "teachers.dinov2.weight: must be at least 0"),
     "group": ("data.groups=[sex*vew]", "data.groups[0]: 'vew' is not one of the attributes"),
+    "held-out group": (
+        "evaluate.holdout=[sex, aeg]",
+        "evaluate.holdout[1]: 'aeg' is not one of the attributes under data.attributes: sex, age; did you mean 'age'?",
+    ),
+    "held out twice": ("evaluate.holdout=[sex, sex]", "evaluate.holdout: sex is given twice"),
+    "share of nobody": ("evaluate.scarcity=[0, .5]", "evaluate.scarcity[0]: must be more than 0"),
+    "share of more than all": ("evaluate.scarcity=[1.5]", "evaluate.scarcity[0]: must be at most 1"),
+    "share given twice": ("evaluate.scarcity=[.1, 0.10]", "evaluate.scarcity: 0.1 is given twice"),
+    "no draw": ("evaluate.scarcity_seeds=0", "evaluate.scarcity_seeds: must be at least 1"),
     "self-crossing": ("data.groups=[sex*sex]", "crosses an attribute with itself"),
     "balance group": ("balance.group=sx", "balance.group: 'sx' is not one of the attributes"),
     "balancer without group": ("balance.kind=group_dro", "kind 'group_dro' weighs groups; name an attribute"),
@@ -314,6 +323,16 @@ def test_weights_need_one_group_per_image(good):
     assert "data.groups" not in text
 
 
+@pytest.mark.parametrize("study", ["scarcity=[.1, 1]", "holdout=[sex, sex*age]"])
+def test_studies_of_labels_need_labels(good, study):
+    job, _ = config.load(good, [f"evaluate.{study}"])
+    assert job.evaluate.leakage
+    assert (job.evaluate.scarcity, job.evaluate.holdout) in [((0.1, 1.0), ()), ((), ("sex", "sex*age"))]
+    name = study.partition("=")[0]
+    expected = f"evaluate.{name}: fits probes of labels, and data.labels is empty"
+    assert expected in message(good, f"evaluate.{study}", "data.labels=[]")
+
+
 # ── What an audit reads ──
 
 
@@ -387,7 +406,7 @@ def test_load_of_dump_is_the_job(kind, tmp_path, data):
     job = Job(
         data=Data(
             manifest=f"/data/{draw(names)}.csv",
-            labels=tuple(draw(st.lists(words, unique=True, max_size=2))),
+            labels=tuple(draw(st.lists(names, unique=True, max_size=2))),
             attributes=columns,
             groups=tuple(columns),
             value_range=draw(st.none() | st.just((-1.0, 1e-7))),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,3 +88,12 @@ def test_disk_passes_on_what_is_not_its_business(tmp_path):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_no_two_rows_of_a_report_share_a_tag(tmp_path, studied):
+    rows, _ = studied("even", ["student", "teacher/a"], {"site": ["N", "S"], "sex*view": ["F|AP", "M|PA"]})
+    journal, tags = Journal(tmp_path, False, 0), []
+    journal._board = SimpleNamespace(add_scalar=lambda tag, *_: tags.append(tag), flush=lambda: None)
+    journal.report(7, "full", rows, "test")
+    assert len(tags) == len(set(tags)) == len(rows)
+    assert "eval/scarcity_auroc_gap/even/0.05/linear/student/site=all" in tags
