@@ -168,7 +168,7 @@ def _levels(sample: Sample, view: View, cuts: Mapping[str, float], full: bool) -
                 found = sample.row(name, metric, (view.attribute, group), measured(LEVEL), **sample.rule(metric, cut))
                 yield found | dict(zip(("unknown_lo", "unknown_hi"), bounds.get(group, ()), strict=False))
             if len(members) > 1 and metric in SUMMARISED:
-                yield from _summaries(sample, metric, name, cut, view, at, bounds, full)
+                yield from summaries(sample, metric, name, cut, view, at, bounds, full)
 
 
 def _bounds(
@@ -186,7 +186,7 @@ def _bounds(
     return found
 
 
-def _summaries(
+def summaries(
     sample: Sample,
     metric: str,
     name: str,

@@ -1,45 +1,36 @@
 """The student of a run beside its teachers, beside other runs and beside its own earlier stages.
 
-Everything is paired on the same patients. The paired table is read from `reports/<stage>.json` alone; verdicts, runs
-and stages are computed anew from `reports/<stage>.scores.parquet`, and torch is imported only for them.
-Shape suffixes: N manifest rows, R scored ones.
+Everything is paired on the same patients. What one run without a margin says is read from `reports/<stage>.json` alone;
+verdicts, runs and stages are computed anew from `reports/<stage>.scores.parquet`, and torch is imported only for them.
+Here is what is asked and what is computed, once; `comparison` words it for the terminal and for files.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agglom import config, findings, report, scores
+from agglom import comparison, config, report, scores
 from agglom.data import manifest as manifests
 from agglom.data.manifest import Manifest
 from agglom.errors import ConfigError, DataError
-from agglom.findings import OVERALL, STATUSES, Place, Reading, Row, unique
+from agglom.reading import OVERALL, STATUSES, Place, Reading, read, unique
 from agglom.report import REMEDY, GroupReport
 
 if TYPE_CHECKING:
     from agglom.core.metrics import Estimate
     from agglom.core.verdicts import FailOn, Verdict
+    from agglom.samples import Sample
 
 STUDENT = "student"
-FLATTERS = "These are validation patients, on whom thresholds and weights were chosen: the numbers flatter every model."
-_WORDS = {
-    **{"non_inferior": "non-inferior", "inferior": "inferior"},
-    **{"inconclusive": "inconclusive", "not_assessable": "not assessable"},
-}
-_PAIRED_HEAD = ("group", "patients", "minus", "difference", "95 % interval", "the student is", "p (Holm)")
-_HOLM = "p (Holm): of the claim that this group by itself differs, adjusted over the groups of its attribute."
-_VERDICT_HEAD = ("group", "patients", "verdict", "smallest margin", "against", "difference", "bound", "needed")
-_NEEDED = (
-    "Needed: patients of the group that would decide it, if the estimate and the mix of patients stay as they are."
-)
+LEVEL = 0.95
+_BEFORE = "before"
 
 
 @dataclass(frozen=True)
@@ -55,33 +46,99 @@ class Question:
     stages: bool = False
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A stage and the scores that its report was computed from.
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One thing that was found of one group: a row of `compare.json` and `compare.csv`. What is undefined, or of
+    another kind of row, is null; `status` (of `report`) and `why` (in words) say why no finding is drawn from a number.
 
-    `score_N` by (label, predictor) is NaN where a row of the manifest was not scored; `label_N` by label; `mask_N` by
-    place (attribute, group) marks the rows of that group, everybody first.
+    kind:
+        value: the metric of the student of `run` after `stage`, with its 95 % interval.
+        difference: that metric minus the one of `minus`, a teacher (`teacher/<name>`) or the stage before, with its
+            95 % interval; `p_holm` where the report has it.
+        verdict: the difference against `minus`, turned so that more is better for the student, with a 90 % interval:
+            each of its ends is a one-sided 95 % bound. `bound` is the lower one, `verdict` one of `core.verdicts.KINDS`
+            at the margin, `smallest_margin` = max(0, −bound), `patients_needed` would decide what is inconclusive.
+            `minus` "" is all teachers together: non-inferior only if against each; `against` is then the teacher with
+            the lowest bound, whose numbers these are, and hi is null.
+        choice: which group is worst for `run` or `stage` on validation patients, and its one-sided 95 % `bound`, in the
+            units of the metric; `chosen` where this one has the best of all. `attribute` "" and `group` "" where it
+            lacks a group that another one has.
+
+    `attribute` "" and `group` "all" is everybody; a crossing is `sex*view`, `F|AP`. `level` is that of lo and hi.
     """
 
+    kind: str
+    run: str
+    stage: str
+    split: str
+    label: str
+    metric: str
+    readout: str
+    attribute: str
+    group: str
+    n_patients: int | None = None
+    minus: str = ""
+    value: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    level: float | None = None
+    status: str = "ok"
+    why: str = ""
+    p_holm: float | None = None
+    verdict: str = ""
+    against: str = ""
+    bound: float | None = None
+    smallest_margin: float | None = None
+    patients_needed: int | None = None
+    chosen: bool | None = None
+
+    @property
+    def place(self) -> Place:
+        return self.attribute, self.group
+
+    @property
+    def weak(self) -> bool:
+        return bool(self.why)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found, by group. `stage_of` by run names its last stage, `kept` by run says whether the margin is."""
+
+    question: Question
+    split: str
+    lower_is_better: bool
+    lines: tuple[Line, ...]
+    stage_of: dict[str, str]
+    kept: dict[str, bool]
+    simulated: tuple[str, ...] = ()
+
+    def of(self, kind: str, **keys: Any) -> list[Line]:
+        """The lines of a kind whose fields are these."""
+        return [one for one in self.lines if one.kind == kind and all(getattr(one, key) == keys[key] for key in keys)]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A stage and the scores that its report was computed from, by (label, split); `rows_of` by place (attribute,
+    group) are the manifest rows of that group, everybody first. `name` tells it from those that it is compared with."""
+
     name: str
+    run: str
     stage: str
     path: Path
     reading: Reading
     context: Mapping[str, Any]
     manifest: Manifest
-    label_N: dict[str, np.ndarray]
-    mask_N: dict[Place, np.ndarray]
-    score_N: dict[tuple[str, str], np.ndarray]
+    rows_of: dict[Place, np.ndarray]
+    sample_of: dict[tuple[str, str], Sample]
 
-    def teachers(self, label: str) -> list[str]:
-        return [name for one, name in self.score_N if one == label and name.startswith("teacher/")]
-
-    def rows(self, label: str, split: str) -> np.ndarray:
-        """The mask over N of the rows of `split` on which the student was scored."""
-        return ~np.isnan(self.score_N[label, STUDENT]) & (self.manifest.split_N == split)
+    @property
+    def labels(self) -> list[str]:
+        return unique(label for label, _ in self.sample_of)
 
 
-def main(folders: Sequence[Path], question: Question) -> tuple[str, bool]:
+def main(folders: Sequence[Path], question: Question, files: Path | None = None) -> tuple[str, bool]:
     """The answer as text, and whether it is a yes: False only where a margin was asked for and is not kept.
 
     - one run: the paired table of its last stage, or with `margin` a verdict for each group;
@@ -89,31 +146,17 @@ def main(folders: Sequence[Path], question: Question) -> tuple[str, bool]:
       verdicts of each, too, and a yes only if it is one for all;
     - `stages`: each stage minus the one before, and which of them the validation patients prefer.
 
-    Raises ConfigError for a question that cannot be asked; DataError for a run without report or scores, and for runs
-    that were not scored on the same patients.
+    `files` is a folder for `compare.{json,csv,md,html}`, which say the same and more. Raises ConfigError for a question
+    that cannot be asked; DataError for a run without report or scores, for runs that were not scored on the same
+    patients, and for a folder that cannot be written.
     """
     _check(folders, question)
-    if question.stages:
-        stages = [_scored(folders[0], one, one.stage, question) for one in _reports(folders[0])]
-        if len(stages) < 2:
-            raise DataError(f"{folders[0]}: '{stages[0].name}' is the only stage with a student that is evaluated yet")
-        return "\n\n".join([_steps(stages, question), _chosen(stages, "stage", question)]), True
-    if len(folders) == 1 and question.margin is None:
+    if files is None and len(folders) == 1 and question.margin is None and not question.stages:
         return table(folders[0], question), True
-    short = [folder.absolute().name for folder in folders]
-    names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
-    runs = [_scored(one, _reports(one)[-1], name, question) for one, name in zip(folders, names, strict=True)]
-    parts: list[str] = []
-    if len(runs) > 1:
-        _check_same(runs)
-        parts = [_overview(runs, question), _chosen(runs, "run", question)]
-    kept = True
-    if question.margin is not None:
-        for run in runs:
-            text, yes = _judged(run, question, question.margin)
-            parts.append(f"run {run.name}\n{text}" if len(runs) > 1 else text)
-            kept &= yes
-    return "\n\n".join(parts), kept
+    found = compare(folders, question)
+    if files is not None:
+        comparison.write(found, files)
+    return comparison.text(found), all(found.kept.values())
 
 
 def table(folder: Path, question: Question | None = None) -> str:
@@ -122,38 +165,36 @@ def table(folder: Path, question: Question | None = None) -> str:
     The smallest lower bound of a group is the lowest end of its 95 % intervals over the teachers; where a lower value
     is better, the largest upper bound is the highest. Raises as `main`.
     """
-    question = question or Question()
     last = _reports(folder)[-1]
     if not last.reading.labels:
         return f"No labels, hence no paired difference. What the student leaves unexplained:\n\n{report.headline(last)}"
-    reading = _reading(folder, last, question)
-    lines = [
-        f"stage {last.stage}, {reading.split} split: {_metric(question)} of the student minus each teacher, "
-        f"{question.readout} readout"
-    ]
-    tables = {
-        label: [_PAIRED_HEAD, *(line for place in reading.places for line in _pairs(place, label, reading, question))]
-        for label in (reading.labels if question.label is None else [question.label])
-    }
-    adjusted = any(line[-1] for cells in tables.values() for line in cells[1:])
-    for label, cells in tables.items():
-        lines += ["", label, *report.aligned(cells if adjusted else [line[:-1] for line in cells])]
-    lines += ["", "Where an interval contains 0, these patients cannot tell."]
-    return "\n".join([*lines, *([_HOLM] if adjusted else [])])
+    return comparison.text(compare([folder], question or Question()))
 
 
-def _pairs(place: Place, label: str, reading: Reading, question: Question) -> list[tuple[str, ...]]:
-    lower = _lower_is_better(question)
-    found = [(one.name, reading.row(_variant(question), label, one.predictor, place)) for one in reading.pairs(label)]
-    rows = [(name, row) for name, row in found if row is not None]
-    lines = [(*_difference(name, row, lower), _p_value(row)) for name, row in rows]
-    bounds = [(row["hi" if lower else "lo"], name) for name, row in rows if row["lo"] is not None]
-    if bounds:
-        missing = f", undefined for {len(rows) - len(bounds)}" if len(bounds) < len(rows) else ""
-        bound, name = (max if lower else min)(bounds)
-        words = "largest upper bound" if lower else "smallest lower bound"
-        lines.append((words, f"{bound:+.3f}", "", f"against {name}{missing}", ""))
-    return _block(place, rows[0][1]["n_patients"] if rows else None, lines)
+def compare(folders: Sequence[Path], question: Question) -> Comparison:
+    """What `main` tells. Raises as it does."""
+    if question.stages:
+        stages = [_scored(folders[0], one, one.stage, question) for one in _reports(folders[0])]
+        if len(stages) < 2:
+            raise DataError(f"{folders[0]}: '{stages[0].name}' is the only stage with a student that is evaluated yet")
+        return _found(question, stages, [*_steps(stages, question), *_choices(stages, question)])
+    if len(folders) == 1 and question.margin is None:
+        return _reported(folders[0], question)
+    short = [folder.absolute().name for folder in folders]
+    names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    again = [names[:index].count(name) for index, name in enumerate(names)]
+    names = [f"{name} ({times + 1})" if times else name for name, times in zip(names, again, strict=True)]
+    runs = [_scored(one, _reports(one)[-1], name, question) for one, name in zip(folders, names, strict=True)]
+    lines: list[Line] = []
+    if len(runs) > 1:
+        _check_same(runs)
+        lines += [*_values(runs, question), *_choices(runs, question)]
+    kept: dict[str, bool] = {}
+    if question.margin is not None:
+        for run in runs:
+            judged, kept[run.name] = _judged(run, question, question.margin)
+            lines += judged
+    return _found(question, runs, lines, kept)
 
 
 # ── What is asked, and of what ──
@@ -192,48 +233,70 @@ def _reading(folder: Path, one: GroupReport, question: Question) -> Reading:
     splits = unique(row["split"] for row in one.rows)
     if question.split and question.split not in splits:
         raise ConfigError(f"--split {question.split}: stage '{one.stage}' of {folder} has {', '.join(splits)}")
-    reading = findings.read(one.rows, one.context | ({"split": question.split} if question.split else {}))
+    reading = read(one.rows, one.context | ({"split": question.split} if question.split else {}))
     if not reading.labels:
         raise DataError(f"{folder}: the run has no labels, hence nothing to compare; name some with data.labels")
-    pairs = unique(variant for variant, (_, predictor), _ in reading.cells if predictor.startswith("student - "))
+    pairs = _pairs(reading)
     if not pairs:
         raise DataError(f"{folder}: stage '{one.stage}' has no difference of student and teacher; no probe reads them")
-    for flag, asked, known in (
+    readouts = unique(readout for _, readout, _ in pairs)
+    known = unique(metric for metric, readout, _ in pairs if readout == question.readout)
+    for flag, asked, there in (
         ("--label", question.label, reading.labels),
-        ("--readout", question.readout, unique(readout for _, readout in pairs)),
-        ("--metric", question.metric, [metric for metric, readout in pairs if readout == question.readout]),
+        ("--readout", question.readout, readouts),
+        ("--metric", question.metric, known),
     ):
-        if asked is not None and asked not in known:
-            raise ConfigError(f"{flag} {asked}: the report of {folder} has {', '.join(known)}")
+        if asked is not None and asked not in there:
+            raise ConfigError(f"{flag} {asked}: the report of {folder} has {', '.join(there)}")
+    if not _labels(reading, question):
+        raise ConfigError(f"--label {question.label}: the report of {folder} has no {question.metric} of it")
     return reading
+
+
+def _pairs(reading: Reading) -> list[tuple[str, str, str]]:
+    """The (metric, readout, label) of which there are differences of student and teacher."""
+    return unique((*variant, label) for variant, (label, name), _ in reading.cells if name.startswith("student - "))
+
+
+def _labels(reading: Reading, question: Question) -> list[str]:
+    """The labels that are asked for, and judged by the metric that is."""
+    mine = [label for *variant, label in _pairs(reading) if tuple(variant) == _variant(question)]
+    return [label for label in reading.labels if label in mine and question.label in (None, label)]
 
 
 def _scored(folder: Path, one: GroupReport, name: str, question: Question) -> Scored:
     """Raises DataError where the scores are missing, or do not belong to the manifest."""
+    from agglom import samples
+
     reading = _reading(folder, one, question)
     path = folder / "reports" / f"{one.stage}.scores.parquet"
     if not path.is_file():
         raise DataError(f"{path}: no such scores; `agglom evaluate --out {folder}` writes them")
     job, base = config.load(folder / "config.yaml")
     # An evaluation may have had other labels and groups than the training.
-    manifest = manifests.load(replace(job.data, labels=tuple(reading.labels)), base, check_files=False)
-    found = scores.load(path, manifest, reading.labels)
-    mask_N: dict[Place, np.ndarray] = {OVERALL: np.ones(len(manifest), bool)}
+    labels = [label for label in reading.labels if label not in reading.classes]
+    manifest = manifests.load(replace(job.data, labels=tuple(labels)), base, check_files=False)
+    found = scores.load(path, manifest, labels)
+    rows_of: dict[Place, np.ndarray] = {OVERALL: np.arange(len(manifest))}
     for attribute in unique(attribute for attribute, _ in reading.places if attribute):
         if not set(attribute.split("*")) <= manifest.attributes.keys():
             raise DataError(f"{folder / 'config.yaml'}: has no attribute {attribute}, the report does; {REMEDY}")
-        for value, rows in manifest.view(attribute).members.items():
-            mask_N[attribute, value] = np.isin(np.arange(len(manifest)), rows)
-    label_N, score_N = {}, {}
-    for label in reading.labels if question.label is None else [question.label]:
-        label_N[label] = manifest.label_NL[:, manifest.labels.index(label)]
-        by_predictor = found.of(question.readout, label) if label in found.labels else {}
-        if STUDENT not in by_predictor or not any(name.startswith("teacher/") for name in by_predictor):
+        rows_of |= {(attribute, value): rows for value, rows in manifest.view(attribute).members.items()}
+    support, seed = one.context.get("min_support"), one.context.get("seed")
+    settings = samples.Settings.of(job.data, job.evaluate, seed or 0)
+    settings = replace(settings, min_patients=support) if support else settings
+    sample_of: dict[tuple[str, str], Sample] = {}
+    for label in _labels(reading, question):
+        members = [label] if label in labels else reading.members(label)
+        scored = [set(found.of(question.readout, one)) for one in members if one in found.labels]
+        known = set.intersection(*scored) if len(scored) == len(members) else set()
+        if STUDENT not in known or not any(name.startswith("teacher/") for name in known):
             raise DataError(f"{path}: no scores of student and teachers for {label}, {question.readout}; {REMEDY}")
-        for predictor, score_R in by_predictor.items():
-            score_N[label, predictor] = np.full(len(manifest), np.nan)
-            score_N[label, predictor][found.rows_N] = score_R
-    return Scored(name, one.stage, path, reading, one.context, manifest, label_N, mask_N, score_N)
+        make = samples.binary if label in labels else samples.classes
+        for split in ("val", "test"):
+            sample_of[label, split] = make(found, manifest, label, question.readout, split, settings)
+    run = folder.absolute().name if question.stages else name
+    return Scored(name, run, one.stage, path, reading, one.context, manifest, rows_of, sample_of)
 
 
 def _check_same(runs: Sequence[Scored]) -> None:
@@ -243,8 +306,8 @@ def _check_same(runs: Sequence[Scored]) -> None:
             what
             for what, a, b in (
                 ("the manifest (sha256)", first.manifest.digest, run.manifest.digest),
-                ("labels", [*first.label_N], [*run.label_N]),
-                ("groups", [*first.mask_N], [*run.mask_N]),
+                ("labels", first.labels, run.labels),
+                ("groups", [*first.rows_of], [*run.rows_of]),
                 ("the split", first.reading.split, run.reading.split),
                 ("min_support", first.context.get("min_support"), run.context.get("min_support")),
             )
@@ -253,14 +316,13 @@ def _check_same(runs: Sequence[Scored]) -> None:
         if not differs:
             differs += [
                 f"the {split} images scored for {label}"
-                for label in first.label_N
-                for split in ("val", "test")
-                if not np.array_equal(first.rows(label, split), run.rows(label, split))
+                for (label, split), sample in first.sample_of.items()
+                if not np.array_equal(sample.place_M, run.sample_of[label, split].place_M)
             ]
             differs += [
-                f"the patients of {_title(place)}"
-                for place, mask_N in first.mask_N.items()
-                if not np.array_equal(mask_N, run.mask_N[place])
+                f"the patients of {comparison.title(place)}"
+                for place, rows in first.rows_of.items()
+                if not np.array_equal(rows, run.rows_of[place])
             ]
         if differs:
             raise DataError(
@@ -276,42 +338,38 @@ def _variant(question: Question) -> tuple[str, str]:
     return question.metric, question.readout
 
 
-def _guarded(measure: Callable[..., Estimate], run: Scored, *columns: np.ndarray, **settings: Any) -> Estimate:
-    import torch
-
-    settings["seed"] = run.context.get("seed") or 0
-    if support := run.context.get("min_support"):
-        settings["min_patients"] = support
+def _guarded(run: Scored, measure: Callable[[], Estimate]) -> Estimate:
     try:
-        return measure(*map(torch.as_tensor, columns), **settings)
+        return measure()
     except ValueError as error:
         raise DataError(f"{run.path}: {error}; {REMEDY}") from error
 
 
 def _value(run: Scored, label: str, split: str, place: Place, question: Question, level: float) -> Estimate:
     """The metric of the student."""
-    from agglom.core import metrics
-
-    mine = run.rows(label, split) & run.mask_N[place]
-    columns = run.label_N[label][mine], run.score_N[label, STUDENT][mine], run.manifest.patient_N[mine]
-    threshold = _threshold(run, label, STUDENT, question)
-    return _guarded(partial(metrics.evaluate, question.metric), run, *columns, threshold=threshold, level=level)
+    sample, cut = run.sample_of[label, split], _threshold(run, label, STUDENT, question)
+    rows_X = sample.at(run.rows_of[place])
+    return _guarded(run, lambda: sample.measured(question.metric, STUDENT, rows_X, cut)(level))
 
 
-def _minus(
-    run: Scored, other: Scored, predictor: str, label: str, place: Place, question: Question, level: float
-) -> Estimate:
-    """The metric of the student of `run` minus that of `predictor` in `other`, on the same rows."""
-    from agglom.core import metrics
+def _minus(run: Scored, teacher: str, label: str, place: Place, question: Question, level: float) -> Estimate:
+    """The metric of the student minus that of a teacher."""
+    sample, names = run.sample_of[label, run.reading.split], (STUDENT, teacher)
+    rows_X, cuts = sample.at(run.rows_of[place]), [_threshold(run, label, name, question) for name in names]
+    return _guarded(run, lambda: sample.difference(question.metric, names, rows_X, cuts, level)[0])
 
-    mine = run.rows(label, run.reading.split) & run.mask_N[place]
-    pair = run.score_N[label, STUDENT], other.score_N[label, predictor]
-    columns = run.label_N[label][mine], *(score_N[mine] for score_N in pair), run.manifest.patient_N[mine]
-    cuts = {
-        "threshold_a": _threshold(run, label, STUDENT, question),
-        "threshold_b": _threshold(other, label, predictor, question),
-    }
-    return _guarded(partial(metrics.paired, question.metric), run, *columns, **cuts, level=level)
+
+def _step(after: Scored, before: Scored, label: str, place: Place, question: Question) -> Estimate:
+    """The metric of the student after a stage minus that after the stage before."""
+    from agglom import samples
+
+    now, then = (stage.sample_of[label, after.reading.split] for stage in (after, before))
+    field = "score_PNC" if isinstance(now, samples.Classes) else "score_PN"
+    both = {STUDENT: getattr(now, field)[STUDENT], _BEFORE: getattr(then, field)[STUDENT]}
+    columns: dict[str, Any] = {field: both}
+    sample, rows_X = replace(now, **columns), now.at(after.rows_of[place])
+    cuts = [_threshold(stage, label, STUDENT, question) for stage in (after, before)]
+    return _guarded(after, lambda: sample.difference(question.metric, [*both], rows_X, cuts, LEVEL)[0])
 
 
 def _threshold(run: Scored, label: str, predictor: str, question: Question) -> float:
@@ -323,129 +381,113 @@ def _threshold(run: Scored, label: str, predictor: str, question: Question) -> f
 # ── Answers ──
 
 
-def _judged(run: Scored, question: Question, margin: float) -> tuple[str, bool]:
-    """The verdict of each group, label by label, and that of the gate."""
+def _found(
+    question: Question, runs: Sequence[Scored], lines: Sequence[Line], kept: Mapping[str, bool] | None = None
+) -> Comparison:
+    reading, stage_of = runs[0].reading, {run.run: run.stage for run in runs}
+    lower = _lower_is_better(question)
+    return Comparison(question, reading.split, lower, tuple(lines), stage_of, dict(kept or {}), reading.simulated)
+
+
+def _line(kind: str, at: tuple[str, str, str, str, Place], question: Question, **more: Any) -> Line:
+    """`at`: run, stage, split, label and place."""
+    run, stage, split, label, (attribute, group) = at
+    metric, readout = _variant(question)
+    more = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in more.items()}
+    more |= {"run": run, "stage": stage, "split": split, "label": label, "metric": metric, "readout": readout}
+    return Line(kind=kind, attribute=attribute, group=group, **more)
+
+
+def _of(one: Estimate, level: float) -> dict[str, Any]:
+    return {
+        **{"value": one.value, "lo": one.lo, "hi": one.hi, "level": level, "n_patients": one.n_patients},
+        **{"status": one.status, "why": STATUSES[one.status]},
+    }
+
+
+def _reported(folder: Path, question: Question) -> Comparison:
+    """Student minus each teacher, as the last report has it."""
+    last = _reports(folder)[-1]
+    reading, name, lines = _reading(folder, last, question), folder.absolute().name, []
+    for label, place in itertools.product(_labels(reading, question), reading.places):
+        for one in reading.pairs(label):
+            row = reading.row(_variant(question), label, one.predictor, place)
+            if row is not None:
+                keys = ("value", "lo", "hi", "n_patients", "status", "why", "p_holm")
+                more = {key: row[key] for key in keys} | {"minus": one.predictor.removeprefix("student - ")}
+                at = (name, last.stage, reading.split, label, place)
+                lines.append(_line("difference", at, question, level=LEVEL, **more))
+    lower, stage_of = _lower_is_better(question), {name: last.stage}
+    return Comparison(question, reading.split, lower, tuple(lines), stage_of, {}, reading.simulated)
+
+
+def _judged(run: Scored, question: Question, margin: float) -> tuple[list[Line], bool]:
+    """The verdicts of each group against each teacher and all of them together, and that of the gate."""
     from agglom.core import verdicts
 
-    lines = [
-        f"stage {run.stage}, {run.reading.split} split: is the student non-inferior to every teacher at a margin of "
-        f"{margin:g}?",
-        f"{_metric(question)} of the student minus a teacher, {question.readout} readout, one-sided 95 % bounds"
-        + (", turned so that more is better" if _lower_is_better(question) else ""),
-    ]
-    found: dict[tuple[str, Place], Verdict] = {}
-    for label in run.label_N:
-        cells: list[tuple[str, ...]] = [_VERDICT_HEAD]
-        for place in run.mask_N:
-            pairs = {
-                name: _minus(run, run, name, label, place, question, verdicts.LEVEL) for name in run.teachers(label)
-            }
-            found[label, place] = one = verdicts.verdict(pairs, margin, metric=question.metric)
-            patients = next(iter(pairs.values())).n_patients
-            cells.append((_title(place), f"{patients:,}", *_verdict_cells(one)))
-        lines += ["", label, *report.aligned(cells)]
-    of_groups = [one for (_, place), one in found.items() if place != OVERALL]
+    lines: list[Line] = []
+    groups: list[Verdict] = []
+    everybody: list[Verdict] = []
+    for label, place in itertools.product(run.labels, run.rows_of):
+        split = run.reading.split
+        teachers = [name for name in run.sample_of[label, split].predictors if name.startswith("teacher/")]
+        pairs = {name: _minus(run, name, label, place, question, verdicts.LEVEL) for name in teachers}
+        for names in (*([name] for name in teachers), teachers):
+            one = verdicts.verdict({name: pairs[name] for name in names}, margin, metric=question.metric)
+            more = _of(verdicts.turned(question.metric, pairs[names[0]]), verdicts.LEVEL) | {"minus": names[0]}
+            if names is teachers:
+                more |= {"minus": "", "value": one.difference, "lo": one.bound, "hi": None}
+                more |= {"status": one.status, "why": STATUSES[one.status]}
+            found = {key: getattr(one, key) for key in ("against", "bound", "smallest_margin", "patients_needed")}
+            lines.append(
+                _line("verdict", (run.run, run.stage, split, label, place), question, verdict=one.kind, **more, **found)
+            )
+        (everybody if place == OVERALL else groups).append(one)
     # Everybody must pass like any group, but cannot stand in for groups that are too small.
-    kept = all(verdicts.gate(some, fail_on=question.fail_on) for some in (found.values(), of_groups) if some)
-    needed = [_NEEDED] if any(one.patients_needed for one in found.values()) else []
-    lines += ["", *needed, *_flatters(run), _sentence(found, kept, bool(of_groups), question)]
-    return "\n".join(lines), kept
+    parts = [part for part in ([*everybody, *groups], groups) if part]
+    return lines, all(verdicts.gate(part, fail_on=question.fail_on) for part in parts)
 
 
-def _verdict_cells(one: Verdict) -> tuple[str, ...]:
-    kind = _WORDS[one.kind] + (f", {STATUSES[one.status]}" if one.kind == "not_assessable" else "")
-    if math.isnan(one.bound):
-        return kind, "-", "-", "-", "-", "-"
-    needed = "-" if one.patients_needed is None else f"{one.patients_needed:,}"
-    against = one.against.removeprefix("teacher/")
-    # Rounded up: at the margin that is printed the group passes.
-    shown = f"{(math.floor(one.smallest_margin * 1e3) + 1) / 1e3 if one.smallest_margin else 0:.3f}"
-    return kind, shown, against, f"{one.difference:+.3f}", f"{one.bound:+.4f}", needed
-
-
-def _sentence(found: Mapping[tuple[str, Place], Verdict], kept: bool, grouped: bool, question: Question) -> str:
-    several = len({label for label, _ in found}) > 1
-    named: dict[str, list[str]] = {}
-    for (label, place), one in found.items():
-        named.setdefault(one.kind, []).append(f"{_title(place)} ({label})" if several else _title(place))
-    counts = []
-    for kind, word in _WORDS.items():
-        if names := named.get(kind):
-            listed = ", ".join(names if len(names) <= 5 else [*names[:5], "…"])
-            counts.append(f"{word} {len(names)}{'' if kind == 'non_inferior' else f': {listed}'}")
-    if all(one.kind == "not_assessable" for (_, place), one in found.items() if place != OVERALL or not grouped):
-        said = "no group can be assessed"
-    elif not kept:
-        said = f"non-inferiority at a margin of {question.margin:g} is not shown"
-    elif "inconclusive" in named:
-        said = f"no group is shown to be inferior at a margin of {question.margin:g}, which is all that was asked"
-    else:
-        said = f"non-inferior at a margin of {question.margin:g} wherever there are enough patients"
-    return f"Verdict: {'yes' if kept else 'no'}, {said} ({'; '.join(counts)})."
-
-
-def _overview(runs: Sequence[Scored], question: Question) -> str:
+def _values(runs: Sequence[Scored], question: Question) -> Iterator[Line]:
     """Groups × runs: the metric of the student with its 95 % interval."""
     split = runs[0].reading.split
-    lines = [f"{split} split: {_metric(question)} of the student, {question.readout} readout; 95 % intervals"]
-    weak: list[str] = []
-    for label in runs[0].label_N:
-        cells: list[tuple[str, ...]] = [("group", "patients", *(run.name for run in runs))]
-        for place in runs[0].mask_N:
-            found = [_value(run, label, split, place, question, 0.95) for run in runs]
-            cells.append((_title(place), f"{found[0].n_patients:,}", *map(_level, found)))
-            weak += [f"* {STATUSES[one.status]}" for one in found if one.status != "ok"]
-        lines += ["", label, *report.aligned(cells)]
-    return "\n".join([*lines, *unique(weak), *_flatters(runs[0])])
+    for label, place, run in itertools.product(runs[0].labels, runs[0].rows_of, runs):
+        one = _value(run, label, split, place, question, LEVEL)
+        yield _line("value", (run.run, run.stage, split, label, place), question, **_of(one, LEVEL))
 
 
-def _steps(stages: Sequence[Scored], question: Question) -> str:
+def _steps(stages: Sequence[Scored], question: Question) -> Iterator[Line]:
     """Each stage minus the one before, on the same patients."""
-    split, lower = stages[0].reading.split, _lower_is_better(question)
-    lines = [
-        f"{split} split: {_metric(question)} of the student minus that of the stage before, {question.readout} readout"
-    ]
     for before, after in itertools.pairwise(stages):
         _check_same([before, after])
-        for label in after.label_N:
-            cells: list[tuple[str, ...]] = [("group", "patients", "minus", "difference", "95 % interval", "it is")]
-            for place in after.mask_N:
-                one = _minus(after, before, STUDENT, label, place, question, 0.95)
-                cells += _block(place, one.n_patients, [_difference(before.name, _row(one), lower)])
-            lines += ["", f"{after.name}, {label}", *report.aligned(cells)]
-    return "\n".join([*lines, *_flatters(stages[0])])
+        for label, place in itertools.product(after.labels, after.rows_of):
+            more = _of(_step(after, before, label, place, question), LEVEL) | {"minus": before.name}
+            yield _line("difference", (after.run, after.stage, after.reading.split, label, place), question, **more)
 
 
-def _chosen(candidates: Sequence[Scored], what: str, question: Question) -> str:
+def _choices(candidates: Sequence[Scored], question: Question) -> Iterator[Line]:
     """Which candidate the validation patients prefer, by the bound of the worst group over all labels."""
     from agglom.core import verdicts
 
+    what = "stage" if question.stages else "run"
     found: dict[str, dict[str, Estimate]] = {}
+    where: dict[str, tuple[str, Place]] = {}
     for one in candidates:
-        if not any(one.rows(label, "val").any() for label in one.label_N):
+        if not any(len(one.sample_of[label, "val"]) for label in one.labels):
             raise DataError(f"{one.path}: no validation image is scored, and choosing a {what} on test is refused")
-        places = [place for place in one.mask_N if place != OVERALL] or [OVERALL]
-        found[one.name] = {
-            f"{_title(place)} ({label})": _value(one, label, "val", place, question, verdicts.LEVEL)
-            for label in one.label_N
-            for place in places
-        }
+        places = [place for place in one.rows_of if place != OVERALL] or [OVERALL]
+        found[one.name] = {}
+        for label, place in itertools.product(one.labels, places):
+            key = f"{comparison.title(place)} ({label})"
+            where[key] = label, place
+            found[one.name][key] = _value(one, label, "val", place, question, verdicts.LEVEL)
     choice = verdicts.select(found, metric=question.metric)
-    side = "upper" if _lower_is_better(question) else "lower"
-    cells = [(what, "worst group", f"its {side} bound")]
-    for name, bound in choice.bounds.items():
-        group = choice.group_of[name]
-        cells.append((name, "-", "-") if group is None else (name, group, f"{bound:.3f}"))
-    head = f"val split: the one-sided 95 % {side} bound of the worst group chooses the {what}, never the test split"
-    said = f"Chosen: {choice.name}." if choice.name else "None can be chosen: no group has enough validation patients."
-    return "\n".join([head, "", *report.aligned(cells), "", said])
-
-
-# ── Words ──
-
-
-def _metric(question: Question) -> str:
-    return "AUROC" if question.metric == "auroc" else question.metric
+    for one in candidates:
+        worst = choice.group_of[one.name]
+        label, place = ("", ("", "")) if worst is None else where[worst]
+        patients = None if worst is None else found[one.name][worst].n_patients
+        more = {"bound": choice.bounds[one.name], "chosen": choice.name == one.name, "n_patients": patients}
+        yield _line("choice", (one.run, one.stage, "val", label, place), question, level=verdicts.LEVEL, **more)
 
 
 def _lower_is_better(question: Question) -> bool:
@@ -454,41 +496,3 @@ def _lower_is_better(question: Question) -> bool:
     from agglom.core import metrics
 
     return question.metric in metrics.LOWER_IS_BETTER
-
-
-def _flatters(run: Scored) -> list[str]:
-    return [FLATTERS] if run.reading.split == "val" else []
-
-
-def _title(place: Place) -> str:
-    return "all" if place == OVERALL else " ".join(place)
-
-
-def _row(one: Estimate) -> Row:
-    """As a row of a report."""
-    values = {"value": one.value, "lo": one.lo, "hi": one.hi}
-    plain = {key: None if math.isnan(number) else number for key, number in values.items()}
-    return plain | {"weak": one.status != "ok", "why": STATUSES[one.status]}
-
-
-def _level(one: Estimate) -> str:
-    mark = "" if one.status == "ok" else "*"
-    return f"-{mark}" if math.isnan(one.value) else f"{one.value:.3f}{mark} [{one.lo:.3f}, {one.hi:.3f}]"
-
-
-def _difference(name: str, row: Row, lower_is_better: bool) -> tuple[str, ...]:
-    value = "-" if row["value"] is None else f"{row['value']:+.3f}"
-    span = "-" if None in (row["lo"], row["hi"]) else f"[{row['lo']:+.3f}, {row['hi']:+.3f}]"
-    word = row["why"] or findings.verdict(row)
-    return name, value, span, {"better": "worse", "worse": "better"}.get(word, word) if lower_is_better else word
-
-
-def _p_value(row: Row) -> str:
-    p = row.get("p_holm")
-    return "" if p is None else f"{p:.3f}" if p >= 0.001 else "< 0.001"
-
-
-def _block(place: Place, patients: int | None, lines: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The lines of one group, of which the first says who it is."""
-    head = (_title(place), "-" if patients is None else f"{patients:,}")
-    return [(head if i == 0 else ("", "")) + line for i, line in enumerate(lines)]

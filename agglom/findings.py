@@ -333,7 +333,9 @@ def leakage_finding(reading: Reading) -> str:
         few = any(row["metric"] == "leakage" for row in reading.studies)
         return f"No group has enough patients to tell what the features reveal. {_NO_PROOF}" if few else ""
     top = max(known, key=lambda row: (row["lo"] > CHANCE, row["value"]))
-    group, who = reading.title((top["attribute"], top["group"])), reading.called(top["predictor"])
+    place = top["attribute"], top["group"]
+    level = [row for row in known if (row["attribute"], row["group"]) == place and estimate(row) == estimate(top)]
+    group, who = reading.title(place), listed([reading.called(row["predictor"]) for row in level])
     if top["lo"] > CHANCE:
         said = f"The features of {who} reveal most: a linear probe tells {group} from all others with AUROC"
     else:

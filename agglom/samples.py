@@ -126,7 +126,7 @@ class Binary(Sample):
         return {"min_patients": s.min_patients, "replicates": s.replicates, "seed": s.seed}
 
     def measured(self, metric: str, name: str, rows_X: Tensor, cut: float) -> Callable[[float], Estimate]:
-        columns = self.y_N[rows_X], self.score_PN[name][rows_X], self.patient_N[rows_X]
+        columns = (x_N.index_select(0, rows_X) for x_N in (self.y_N, self.score_PN[name], self.patient_N))
         return metrics.at_level(metric, *columns, threshold=cut if metric in THRESHOLDED else math.nan, **self._common)
 
     def difference(

@@ -32,11 +32,12 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "plan": ("--config", "--set", "--out", "--debug", "--deepspeed_config", "--world", "--params"),
     "distill": ("--config", "--set", "--out", "--resume", "--debug", "--deepspeed_config", *LAUNCHED),
     "evaluate": (
-        *("--config", "--set", "--out", "--predictions", "--manifest", "--debug", "--deepspeed_config"),
+        *("--config", "--set", "--out", "--predictions", "--manifest", "--stream", "--debug", "--deepspeed_config"),
         *LAUNCHED,
     ),
     "compare": (
-        *("--out", "--margin", "--fail-on", "--metric", "--label", "--readout", "--split", "--stages", "--debug"),
+        *("--out", "--margin", "--fail-on", "--metric", "--label", "--readout", "--split", "--stages", "--report"),
+        "--debug",
         *LAUNCHED,
     ),
     "export": ("--config", "--set", "--out", "--debug", *LAUNCHED),
@@ -52,8 +53,16 @@ _ARGUMENTS: dict[str, dict[str, object]] = {
         "default": "auto",
         "help": "go on from the last checkpoint in OUT if there is one (default), never, or from this checkpoint",
     },
-    "--predictions": {"metavar": "FILE", "help": "evaluate this table of scores, without any model, into OUT"},
+    "--predictions": {
+        "metavar": "FILE",
+        "help": "evaluate this table of scores (or .npz of masks), without any model, into OUT",
+    },
     "--manifest": {"metavar": "FILE", "help": "labels and attributes of the images of --predictions"},
+    "--stream": {
+        "action": "store_true",
+        "help": "read --predictions (Parquet) batch by batch: AUROC and average precision to the bound that is stated, "
+        "no differences or p-values, intervals of rates and AUROC only where each patient has one image",
+    },
     "--margin": {"type": float, "metavar": "M", "help": "judge non-inferiority at this margin; status 3 unless shown"},
     "--fail-on": {
         "choices": ("inconclusive", "inferior"),
@@ -65,6 +74,7 @@ _ARGUMENTS: dict[str, dict[str, object]] = {
     "--readout": {"default": "linear", "help": "a readout of the report (default linear)"},
     "--split": {"choices": ("test", "val"), "help": "the split (default: test, or val where there is no test)"},
     "--stages": {"action": "store_true", "help": "each stage minus the one before"},
+    "--report": {"metavar": "DIR", "help": "write what is found as DIR/compare.{json,csv,md,html}, too"},
     "--debug": {"action": "store_true", "help": "show the traceback of an error"},
     "--deepspeed_config": {"metavar": "FILE", "help": "DeepSpeed's own keys as JSON, merged under engine.deepspeed"},
     "--world": {"type": int, "default": 1, "metavar": "N", "help": "plan for N ranks (default 1)"},
@@ -225,6 +235,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         return _audit(arguments)
     if arguments.manifest is not None:
         raise ConfigError("evaluate: --manifest belongs to --predictions; a run has its own, data.manifest")
+    if arguments.stream:
+        raise ConfigError("evaluate: --stream belongs to --predictions; it reads a table of scores batch by batch")
     out = _run_folder(arguments)
     job, base = _load(arguments, out)
     from agglom import evaluate
@@ -241,10 +253,13 @@ def _audit(arguments: argparse.Namespace) -> int:
             "evaluate: --manifest is missing; name the table with the labels and attributes of the images"
         )
     out = _out(arguments)
-    from agglom import audit
+    if arguments.stream:
+        from agglom.stream import main
+    else:
+        from agglom.audit import main
 
     manifest, config = (None if name is None else Path(name) for name in (arguments.manifest, arguments.config))
-    for path in audit.main(Path(arguments.predictions), manifest, config, arguments.set, out):
+    for path in main(Path(arguments.predictions), manifest, config, arguments.set, out):
         print(path)
     return 0
 
@@ -264,7 +279,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     asked = ("margin", "metric", "label", "readout", "split", "fail_on", "stages")
     question = compare.Question(**{key: getattr(arguments, key) for key in asked})
-    text, yes = compare.main([Path(run) for run in runs], question)
+    files = None if arguments.report is None else Path(arguments.report)
+    text, yes = compare.main([Path(run) for run in runs], question, files)
     print(text)
     return 0 if yes else VERDICT_NO
 

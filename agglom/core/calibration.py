@@ -31,7 +31,7 @@ class Draws(NamedTuple):
 
 def bin_of(p_N: Tensor) -> Tensor:
     """The bin of each probability: [0, .1) … [.9, 1]."""
-    return torch.bucketize(p_N, torch.arange(1, BINS, dtype=torch.float64) / BINS, right=True)
+    return torch.bucketize(p_N.contiguous(), torch.arange(1, BINS, dtype=torch.float64) / BINS, right=True)
 
 
 def residuals(y_N: Tensor, p_N: Tensor, patient_N: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ def debiased(sum_IC: Tensor, size_I: Tensor) -> Tensor:
 
 
 def draw(metric: str, y_N: Tensor, scores: Sequence[Tensor], patient_N: Tensor, replicates: int, seed: int) -> Draws:
-    """`ece` or `ece_debiased` of every predictor, and a bootstrap on the same draws of patients.
+    """`ece` or `ece_debiased` of every predictor, and how far draws of their bins, all on the same patients, move it.
 
-    A draw moves bin c by h. Far from calibrated (|s| beyond √log I standard errors) |s| moves by sign(s)·h. Where s may
+    A draw, normal with the covariance of the sums of patients (see `metrics.evaluate`), moves bin c by h. Far from calibrated (|s| beyond √log I standard errors) |s| moves by sign(s)·h. Where s may
     be 0 the truth lies between sign(s)·h (straight) and |h| (curved).
     """
     size_I, sum_PIC = torch.bincount(patient_N), torch.stack([residuals(y_N, p_N, patient_N) for p_N in scores])

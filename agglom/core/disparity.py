@@ -3,8 +3,9 @@
 `ratio`, `gap_to_overall`, `equalized_odds` and `equity_scaled` take estimates whose intervals hold together
 (`metrics.simultaneous` over all that enter) and return the range of the measure while each estimate moves freely within
 its interval, or a range around that one: whatever the dependence between groups, it covers at least as often as the
-intervals do together. Groups whose status is not ok are left out and listed; with fewer than two others the value is
-NaN with the status of the first one left out. Counts are sums over the groups that took part.
+intervals do together, and mostly more (bench/results/coverage.md). Groups whose status is not ok are left out and
+listed; with fewer than two others the value is NaN with the status of the first one left out. Counts are sums over the
+groups that took part.
 
 Suffixes: N rows, X rows of one kind, A and B blocks of unknown positives and negatives.
 """

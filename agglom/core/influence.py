@@ -205,7 +205,7 @@ def _precision(y_N: Tensor, p_N: Tensor, patient_N: Tensor) -> Linear:
     at_least_D = torch.bincount(place_N).flip(0).cumsum(0).flip(0).double()
     precision_D = pos_D.flip(0).cumsum(0).flip(0) / at_least_D
     positives = float(pos_D.sum())
-    value = float((pos_D * precision_D).sum()) / positives
+    value = min(1.0, float((pos_D * precision_D).sum()) / positives)  # rounding may end above 1
     reach_D, loss_D = (pos_D / at_least_D).cumsum(0), (pos_D * precision_D / at_least_D).cumsum(0)
     influence_N = (y_N * (precision_D - value + reach_D)[place_N] - loss_D[place_N]) / positives
     size_I = torch.bincount(patient_N[y_N], minlength=int(patient_N.max()) + 1)

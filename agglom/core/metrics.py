@@ -27,9 +27,10 @@ An undefined value is NaN with a status and its counts, never a filler:
 | npv | rows predicted negative (empty) | rows predicted negative (below_min_neg) |
 | selection_rate | – | any rows (below_min_pos) |
 
-Promised at 95 % and checked by simulation: 95 ± 2 for one group and for a paired difference with 30 patients a class.
-ECE covers 97 to 100 in samples of up to 1,000 patients. Known limits: about 92 % for differences from an AUROC of .99,
-and when a few patients hold most of the images.
+Promised at 95 % and checked by simulation (bench/results/coverage.md): 95 ± 2 for one group and for a paired difference
+with 30 patients a class. ECE and its differences are conservative, 96 to 100: |·| bends at 0, and the interval allows
+for either side in every bin that may be calibrated. So are gap and worst, which hold for all groups at once. Known
+limits: about 92 % for differences from an AUROC of .99, and when a few patients hold most of the images.
 """
 
 from __future__ import annotations
@@ -160,8 +161,9 @@ def evaluate(
       Stat. Med. 17; Zou 2007, Psychol. Methods 12), so that a rate of 1 in a small class keeps its width.
     - brier: mean of (p − y)², clustered Student's t with the correction for skewness of `paired`, within [0, 1].
     - ece: Σ_c |Σ_{i in c} (p_i − y_i)| / n over ten equal bins [0, .1) … [.9, 1]; biased upwards in small groups. |·|
-      bends at 0, where a percentile bootstrap does not cover: draws of patients are pushed through the directional
-      derivative instead (Fang and Santos 2019, Rev. Econ. Stud. 86).
+      bends at 0, where a percentile bootstrap does not cover: draws of the bins' sums are pushed through the directional
+      derivative instead (Fang and Santos 2019, Rev. Econ. Stud. 86). Of the draws that theorem asks no more than the
+      right limit, so they are normal, with the clustered covariance of the sums.
     - ece_debiased: ece less its bias when the mean of every bin is normal, twice the value less the expectation about
       it (Kumar, Liang and Ma 2019, NeurIPS, "Verified uncertainty calibration", the correction of their code for the
       ℓ1 error; here in closed form and with the clustered variance), not below 0. Nothing of the bias is left far from
@@ -326,8 +328,7 @@ def paired(
     All but the two ECE: clustered variance of the difference of the influences (for AUROC the covariance of DeLong and
     Obuchowski), Student's t as above; the side towards which the influences are skewed is widened by the correction of
     Hall 1992 (J. R. Statist. Soc. B 54), the other is not narrowed. Where the two never differ: the bound of no event
-    among that many patients. ece: the directional bootstrap, both on the same draws of patients; conservative, as it
-    takes the least favourable side in every bin that may be calibrated.
+    among that many patients. ece: the directional bootstrap, both on the same draws; conservative, as it takes the least favourable side in every bin that may be calibrated.
     A one-sided 95 % bound is `lo` or `hi` at level .90. Raises ValueError as `evaluate` does.
     """
     _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b))
@@ -514,6 +515,23 @@ def fvu(error_N: Tensor, baseline_N: Tensor, patient_N: Tensor, *, level: float 
     return Estimate(value, value / factor, value * factor, *counts, "ok", "linearised-log")
 
 
+def status_of(
+    metric: str,
+    rows: Callable[[str], int],
+    patients: Callable[[str], int],
+    constant: Callable[[], bool],
+    min_patients: int,
+) -> str:
+    """By the two tables above: from how many rows, and patients with such a row, there are of a kind ("pos", "neg",
+    "said", "unsaid", "pos or said", "any"), and whether all rows have the same score. There are rows."""
+    for kind in _UNDEFINED_WITHOUT.get(metric, ()):
+        if not rows(kind):
+            return "empty" if kind in ("said", "unsaid") else "single_class"
+    if metric in _RANKING and constant():
+        return "constant_score"
+    return next((_FEW[kind] for kind in _NEEDS_MANY[metric] if patients(kind) < min_patients), "ok")
+
+
 def _check(
     metric: str,
     y_N: Tensor,
@@ -554,6 +572,9 @@ def _check_groups(y_N: Tensor, group_N: Tensor, groups: int) -> None:
 
 def _codes(patient_N: Tensor) -> Tensor:
     """Patients as 0 … I − 1, in the order of their codes."""
+    if len(patient_N) and 0 <= int(patient_N.min()) <= int(patient_N.max()) < 8 * len(patient_N):
+        # Without sorting, as this is done for every metric of every group.
+        return ((torch.bincount(patient_N) > 0).cumsum(0) - 1).index_select(0, patient_N.long())
     return patient_N.unique(return_inverse=True)[1]
 
 
@@ -574,20 +595,27 @@ def _status(
     """By the two tables above; of several columns of scores, each must do."""
     if not len(y_N):
         return "empty"
-    few = "ok"
+    found = []
     for p_N, threshold in zip(columns, thresholds, strict=True):
-        said_N = p_N >= threshold
-        kinds = {"pos": y_N, "neg": ~y_N, "said": said_N, "unsaid": ~said_N, "pos or said": y_N | said_N}
-        for kind in _UNDEFINED_WITHOUT.get(metric, ()):
-            if not bool(kinds[kind].any()):
-                return "empty" if kind in ("said", "unsaid") else "single_class"
-        if metric in _RANKING and bool((p_N == p_N[0]).all()):
-            return "constant_score"
-        for kind in _NEEDS_MANY[metric]:
-            rows_N = kinds.get(kind, torch.ones_like(y_N))
-            if few == "ok" and int(torch.bincount(patient_N[rows_N]).count_nonzero()) < min_patients:
-                few = _FEW[kind]
-    return few
+
+        def rows(kind: str, p_N: Tensor = p_N, threshold: float = threshold) -> Tensor:
+            if kind == "pos or said":
+                return rows("pos") | rows("said")
+            if kind in ("said", "unsaid"):
+                return p_N >= threshold if kind == "said" else p_N < threshold
+            return {"pos": y_N, "neg": ~y_N}.get(kind, torch.ones_like(y_N))
+
+        found.append(
+            status_of(
+                metric,
+                lambda kind, rows=rows: int(rows(kind).any()),  # type: ignore[misc]
+                lambda kind, rows=rows: int(torch.bincount(patient_N[rows(kind)]).count_nonzero()),  # type: ignore[misc]
+                lambda p_N=p_N: bool((p_N == p_N[0]).all()),  # type: ignore[misc]
+                min_patients,
+            )
+        )
+    weak = sorted((one for one in found if one != "ok"), key=lambda one: one not in _UNDEFINED)
+    return weak[0] if weak else "ok"
 
 
 def _difference(

@@ -72,9 +72,9 @@ def verdict(differences: Mapping[str, Estimate], margin: float, *, metric: str =
         raise ValueError(f"margin is {margin:g}; expected a value between 0 and 1, such as 0.02")
     if not differences:
         raise ValueError("no teacher to compare with")
-    turned = {name: _turned(metric, one) for name, one in differences.items()}
-    usable = {name: one for name, one in turned.items() if one.status == "ok"}
-    status = next((one.status for one in turned.values() if one.status != "ok"), "ok")
+    better = {name: turned(metric, one) for name, one in differences.items()}
+    usable = {name: one for name, one in better.items() if one.status == "ok"}
+    status = next((one.status for one in better.values() if one.status != "ok"), "ok")
     if not usable:
         return Verdict(NOT_ASSESSABLE, math.nan, "", math.nan, None, math.nan, status)
     # By name where bounds are equal, so that the order of the teachers says nothing.
@@ -113,14 +113,15 @@ def select(candidates: Mapping[str, Mapping[str, Estimate]], *, metric: str = "a
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
     for name, groups in candidates.items():
         complete = assessable and all(g in groups and groups[g].status == "ok" for g in assessable)
-        low = {g: _turned(metric, groups[g]).lo for g in assessable} if complete else {}
+        low = {g: turned(metric, groups[g]).lo for g in assessable} if complete else {}
         worst = min(low, key=low.__getitem__, default=None)
         bounds[name], group_of[name] = (math.nan if worst is None else sign * low[worst]), worst
     comparable = [name for name, bound in bounds.items() if not math.isnan(bound)]
     return Choice(max(comparable, key=lambda name: sign * bounds[name], default=None), bounds, group_of)
 
 
-def _turned(metric: str, one: Estimate) -> Estimate:
+def turned(metric: str, one: Estimate) -> Estimate:
+    """A difference, or a value, so that more of it is better."""
     return one._replace(value=-one.value, lo=-one.hi, hi=-one.lo) if metric in LOWER_IS_BETTER else one
 
 

@@ -91,9 +91,9 @@ def text(column: pa.ChunkedArray) -> list[str]:
 
 def encode(cells: Iterable[Key], count: int) -> tuple[np.ndarray, list[Key]]:
     """Codes (int64) by first appearance, and the distinct cells."""
-    index: dict[Key, int] = {}
-    codes_N = np.fromiter((index.setdefault(cell, len(index)) for cell in cells), np.int64, count)
-    return codes_N, list(index)
+    every = list(cells)
+    index = {cell: code for code, cell in enumerate(dict.fromkeys(every))}
+    return np.fromiter(map(index.__getitem__, every), np.int64, count), list(index)
 
 
 def number(cell: str) -> float | None:

@@ -73,6 +73,7 @@ def test_flags_are_frozen():
             "--out",
             "--predictions",
             "--manifest",
+            "--stream",
             "--debug",
             "--deepspeed_config",
         }
@@ -86,6 +87,7 @@ def test_flags_are_frozen():
             "--readout",
             "--split",
             "--stages",
+            "--report",
             "--debug",
         }
         | launched,
@@ -130,6 +132,7 @@ def test_flags_are_frozen():
         (["evaluate", "--predictions", "s.csv", "--out", "x"], "agglom: evaluate: --manifest is missing"),
         (["evaluate", "--predictions", "s.csv", "--manifest", "m.csv"], "agglom: evaluate: --out is missing"),
         (["evaluate", "--manifest", "m.csv", "--out", "configs"], "--manifest belongs to --predictions"),
+        (["evaluate", "--stream", "--out", "configs"], "--stream belongs to --predictions"),
         (["list"], "the following arguments are required: what"),
         (["check"], "agglom: check: name a plug-in"),
         (["check", "teachers/tim"], "agglom: 'tim' is not one of the teachers; did you mean 'timm'?"),

@@ -1,10 +1,14 @@
 """`compare` on run folders made by hand: student against teachers, run against run, stage against stage."""
 
+import csv
+import dataclasses
+import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +19,7 @@ import torch
 from agglom import cli, compare, report
 from agglom.core import metrics
 from agglom.errors import ConfigError, DataError
+from agglom.reading import unique
 from agglom.report import GroupReport
 
 OK, USAGE, NO, DATA = 0, 2, 3, 4
@@ -149,6 +154,38 @@ def ask(capsys):
     return run
 
 
+def several_classes(lab):
+    """A run with one label of three classes, `kind`; its report has the numbers of `ill` for each of them."""
+    out = lab.run()
+    last = report.load(out / "reports" / "full.json")
+    kind = np.array(list("abc"))[lab.rng.integers(0, 3, 900)]
+    lines = (out / "table.csv").read_text().splitlines()
+    head, *rows = [one.rsplit(",", 2)[0] for one in lines]
+    told = [f"{head},kind", *(f"{row},{name}" for row, name in zip(rows, kind[-len(rows) :], strict=True))]
+    (out / "table.csv").write_text("\n".join(told) + "\n")
+    config = out / "config.yaml"
+    config.write_text(config.read_text().replace("[ill]", "[kind=a, kind=b, kind=c]"))
+    found = {}
+    for name in "abc":
+        lab.truth[f"kind={name}"] = (kind == name).astype(int)
+        lab.shared[f"kind={name}"] = lab.shared["ill"]
+        for predictor in PREDICTORS:
+            found[f"kind={name}", predictor] = lab.scores(1.5, f"kind={name}", seed=sum(map(ord, name + predictor)))
+    lab.write_scores(out / "reports" / "full.scores.parquet", found, lab.split != "train")
+    rows = [row for row in last.rows if row["metric"] == "auroc"]
+    rows = [row | {"label": label} for label in ("kind", *(f"kind={name}" for name in "abc")) for row in rows]
+    context = last.context | {"classes": {"kind": ["a", "b", "c"]}}
+    report.write(GroupReport("full", rows, context), out / "reports")
+    return out
+
+
+def written_scores(out):
+    """The linear test scores of a run by row of the manifest, a column a predictor."""
+    cells = pq.read_table(out / "reports" / "full.scores.parquet").to_pandas()
+    cells = cells[(cells.readout == "linear") & (cells.split == "test")]
+    return cells.assign(row=cells.image.str[:-4].astype(int)).pivot(index="row", columns="predictor", values="score")
+
+
 def line(text, start):
     return next(one for one in text.splitlines() if one.startswith(start))
 
@@ -214,11 +251,8 @@ def test_without_groups_everybody_is_judged(lab, ask):
 def test_the_printed_numbers_are_those_of_paired(lab):
     out = lab.run(student=1.4)
     text, yes = compare.main([out], compare.Question(margin=0.02))
-    cells = pq.read_table(out / "reports" / "full.scores.parquet").to_pandas()
-    cells = cells[(cells.readout == "linear") & (cells.split == "test")].pivot(
-        index="image", columns="predictor", values="score"
-    )
-    row = np.array([int(image[:-4]) for image in cells.index])
+    cells = written_scores(out)
+    row = cells.index.to_numpy()
     mine = lab.sex[row] == "M"
     y, patient = torch.as_tensor(lab.truth["ill"][row][mine]), torch.as_tensor(row[mine])
     student, one = (torch.as_tensor(cells[name].to_numpy()[mine]) for name in ("student", "teacher/one"))
@@ -241,9 +275,9 @@ def test_rates_use_the_thresholds_of_the_report_and_fpr_is_turned(lab, ask):
     status, text = ask(out, "--margin", "0.2", "--metric", "fpr")
     assert status == OK
     assert "turned so that more is better" in text
-    scores = compare._scored(out, compare._reports(out)[-1], "x", compare.Question(metric="fpr"))
-    rows = scores.rows("ill", "test") & (lab.truth["ill"] == 0) & scores.mask_N["sex", "M"]
-    rate = {name: (scores.score_N["ill", name][rows] >= 0.5).mean() for name in PREDICTORS}
+    cells = written_scores(out)
+    negative = (lab.truth["ill"] == 0) & (lab.sex == "M")
+    rate = {name: (cells[name][negative[cells.index]] >= 0.5).mean() for name in PREDICTORS}
     assert any(f"{rate[name] - rate['student']:+.3f}" in line(text, "sex M") for name in PREDICTORS[1:])
 
 
@@ -392,6 +426,150 @@ def test_a_single_stage_has_no_other(lab, ask):
     status, text = ask(lab.run(), "--stages")
     assert status == DATA
     assert "'full' is the only stage with a student" in text
+
+
+# ── Files ──
+
+
+def written(folder):
+    """What the JSON holds, once the CSV has been seen to hold the same rows."""
+    found = json.loads((folder / "compare.json").read_text())
+    with (folder / "compare.csv").open() as file:
+        table = list(csv.DictReader(file))
+    plain = [{key: "" if value is None else str(value) for key, value in row.items()} for row in found["rows"]]
+    assert table == plain
+    return found
+
+
+def test_files_have_a_verdict_for_each_teacher_and_for_all_of_them(lab, ask):
+    out, folder = lab.run(student={"F": 1.6, "M": 1.1}, two=0.9), lab.folder / "told"
+    status, text = ask(out, "--margin", "0.03", "--report", folder)
+    assert (status, text) == ask(out, "--margin", "0.03")
+    found = written(folder)
+    assert (found["schema"], found["split"], found["stages"], found["kept"]) == (
+        1,
+        "test",
+        {"run": "full"},
+        {"run": False},
+    )
+    assert found["question"] == dataclasses.asdict(compare.Question(margin=0.03))
+    rows = {(row["group"], row["minus"]): row for row in found["rows"]}
+    assert len(rows) == len(found["rows"]) == 9
+    assert {row["kind"] for row in found["rows"]} == {"verdict"}
+    of_m = {minus: rows["M", minus] for minus in ("teacher/one", "teacher/two", "")}
+    assert [row["verdict"] for row in of_m.values()] == ["inferior", "non_inferior", "inferior"]
+    assert of_m[""]["against"] == of_m["teacher/one"]["minus"]
+    assert of_m[""]["bound"] == of_m["teacher/one"]["lo"] == of_m["teacher/one"]["bound"]
+    cells = written_scores(out)
+    mine = lab.sex[cells.index] == "M"
+    row = torch.as_tensor(cells.index.to_numpy()[mine])
+    for name in ("teacher/one", "teacher/two"):
+        y, scored = (
+            torch.as_tensor(lab.truth["ill"][row]),
+            [torch.as_tensor(cells[n].to_numpy()[mine]) for n in ("student", name)],
+        )
+        expected = metrics.paired("auroc", y, *scored, row, level=0.90)
+        assert [of_m[name][key] for key in ("value", "lo", "hi")] == pytest.approx(expected[:3])
+        assert of_m[name]["smallest_margin"] == pytest.approx(max(0, -expected.lo))
+
+
+def test_a_difference_in_a_lower_rate_is_turned_in_verdicts_only(lab, ask):
+    out, folder = lab.run(student=3.0), lab.folder / "told"
+    ask(out, "--metric", "fpr", "--report", folder)
+    plain = written(folder)["rows"][0]
+    assert (plain["kind"], plain["minus"], plain["level"]) == ("difference", "teacher/one", 0.95)
+    assert "▲ better" in (folder / "compare.html").read_text()
+    ask(out, "--metric", "fpr", "--margin", "0.1", "--report", folder)
+    turned = written(folder)["rows"][0]
+    assert turned["value"] == pytest.approx(-plain["value"])
+    assert turned["value"] > 0
+    assert -plain["hi"] < turned["lo"] < turned["value"] < turned["hi"] < -plain["lo"]
+
+
+def test_the_page_says_the_finding_first_and_draws_the_margin(lab, ask):
+    out, folder = lab.run(student={"F": 1.6, "M": 0.7}), lab.folder / "told"
+    ask(out, "--margin", "0.02", "--report", folder)
+    page = (folder / "compare.html").read_text()
+    assert page.index("No, non-inferiority at a margin of 0.02 is not shown (non-inferior") < page.index("<svg")
+    assert "▼ inferior" in page
+    assert "▲ non-inferior" in page
+    assert "http" not in page.replace("http-equiv", "")
+    marks = set(re.findall(r'<path class="ref" d="M([\d.]+) ', page))
+    [(left, nought)] = {
+        tuple(float(re.search(rf'<text x="([\d.]+)"[^>]*>{tick}</text>', page)[1]) for tick in ("−0.2", "0"))
+    }
+    assert [float(mark) for mark in marks] == [pytest.approx(nought - 0.1 * (nought - left), abs=0.2)]
+    text = (folder / "compare.md").read_text()
+    assert re.search(r"\| \*\*sex M\*\* 200 patients \| \*\*inferior\*\* \| −0\.\d{3} \| −0\.\d{3} \|", text)
+
+
+def test_files_of_several_runs_and_of_stages(lab, ask):
+    even, uneven = lab.run("even", student=1.4), lab.run("uneven", student={"F": 2.4, "M": 0.4})
+    folder = lab.folder / "told"
+    ask(even, uneven, "--margin", "0.05", "--report", folder)
+    found = written(folder)
+    counts = Counter((row["kind"], row["run"]) for row in found["rows"])
+    assert counts == {
+        (kind, run): n for kind, n in (("value", 3), ("choice", 1), ("verdict", 9)) for run in ("even", "uneven")
+    }
+    assert [(row["run"], row["chosen"], row["group"]) for row in found["rows"] if row["kind"] == "choice"] == [
+        ("even", True, "M"),
+        ("uneven", False, "M"),
+    ]
+    page = (folder / "compare.html").read_text()
+    assert "The margin of 0.05 is kept by 1 of 2 runs: even." in page
+    assert "The students side by side" in page
+    lab.run("even", student=0.9, stage="early", index=0)
+    ask(even, "--stages", "--report", folder)
+    steps = [row for row in written(folder)["rows"] if row["kind"] == "difference"]
+    assert {(row["run"], row["stage"], row["minus"]) for row in steps} == {("even", "full", "early")}
+    assert "Of 3 differences the student is behind in 0 and ahead in 3" in (folder / "compare.md").read_text()
+
+
+def test_a_group_with_one_score_for_all_is_named_and_does_not_fail_the_rest(lab, ask):
+    out, folder = lab.run(student=1.8), lab.folder / "told"
+    path = out / "reports" / "full.scores.parquet"
+    cells = pq.read_table(path).to_pandas()
+    men = lab.sex[cells.image.str[:-4].astype(int)] == "M"
+    cells.loc[men & (cells.predictor == "student"), "score"] = 0.5
+    pq.write_table(pa.Table.from_pandas(cells, preserve_index=False), path)
+    status, text = ask(out, "--margin", "0.2", "--report", folder)
+    assert status == OK
+    assert "not assessable, every image has the same score" in line(text, "sex M")
+    assert text.splitlines()[-1].endswith("(non-inferior 2; not assessable 1: sex M).")
+    assert "sex M: not assessable, every image has the same score." in (folder / "compare.md").read_text()
+    [joint] = [row for row in written(folder)["rows"] if (row["group"], row["minus"]) == ("M", "")]
+    assert (joint["verdict"], joint["status"], joint["value"]) == ("not_assessable", "constant_score", None)
+
+
+def test_a_name_is_no_markup(lab, ask):
+    out, folder = lab.run("<b>|*run*"), lab.folder / "told"
+    ask(out, "--margin", "0.05", "--report", folder)
+    assert "<b>" not in (folder / "compare.html").read_text()
+    assert "# \\<b\\>\\|\\*run\\*," in (folder / "compare.md").read_text()
+
+
+def test_a_report_that_cannot_be_written(lab, ask):
+    (lab.folder / "file").touch()
+    status, text = ask(lab.run(), "--report", lab.folder / "file")
+    assert status == DATA
+    assert "compare.json: cannot be written" in text
+
+
+# ── Several classes ──
+
+
+def test_a_label_of_several_classes_is_judged_as_one_and_class_by_class(lab, ask):
+    out, folder = several_classes(lab), lab.folder / "told"
+    status, text = ask(out, "--margin", "0.2", "--report", folder)
+    assert status == OK
+    labels = unique(row["label"] for row in written(folder)["rows"])
+    assert labels == ["kind", "kind=a", "kind=b", "kind=c"]
+    joint = {(row["label"], row["minus"]): row["value"] for row in written(folder)["rows"] if row["group"] == "all"}
+    mean = np.mean([joint[f"kind={name}", "teacher/one"] for name in "abc"])
+    assert joint["kind", "teacher/one"] == pytest.approx(mean)
+    assert "kind=b" in text
+    assert "\nkind=b\n" not in ask(out, "--margin", "0.2", "--label", "kind")[1]
 
 
 # ── What is wrong ──

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agglom import compare, findings, report
+from agglom import compare, figures, findings, report
 from agglom.errors import DataError
 from agglom.report import GroupReport
 
@@ -546,6 +546,332 @@ def test_one_undefined_model_says_why(tmp_path):
     assert f"No finding, every image has the same score of {TEACHERS[1]}: device B" in markdown
 
 
+# ── Masks and classes ──
+
+
+def make_masks(rows):
+    """What a label of masks has: Dice and IoU of somebody's systems, no AUROC, no rates, no positives."""
+    plain = {"readout": "scores", "n_pos": None, "n_neg": None}
+    found = []
+    for one in rows:
+        if one["metric"].startswith("auroc") and one["readout"] in ("linear", "scores"):
+            found.append(one | plain | {"metric": one["metric"].replace("auroc", "dice")})
+            if one["metric"] == "auroc":
+                found.append(one | plain | {"metric": "iou", "value": 0.7654, "lo": 0.7, "hi": 0.8})
+    return [one for one in found if one["metric"] != "dice_curve"]
+
+
+def test_a_label_of_masks_is_judged_by_dice(tmp_path):
+    rows = make_masks(make_audit())
+    markdown, page = render(tmp_path, rows, history=[])
+    text = visible(page)
+    for said in (markdown, text):
+        assert "reaches Dice 0." in said
+        assert "Dice gap" in said
+        assert "worst Dice" in said
+        assert "apart: the groups differ" in said
+        assert not re.search("AUROC|Decisions|Accuracy and calibration|ROC and|positive image|[0-9] positive", said)
+    assert "| group, model | Dice | IoU |" in markdown
+    assert "0.765" in markdown
+    assert "difference in Dice" in text
+    assert "No finding, too few patients: sex × view M · AP (10 patients, 12 images)." in markdown
+    assert report.headline(GroupReport("s", rows)).splitlines()[2].startswith("Dice, even")
+
+
+def test_masks_beside_an_ordinary_label(tmp_path):
+    rows = [one | {"label": "heart"} for one in make_masks(make_audit())] + make_audit()
+    markdown, page = render(tmp_path, rows, history=[])
+    assert "For “heart”" in markdown
+    assert "For “even”" in markdown
+    assert page.count("Dice is twice the common area") == page.count("AUROC is the chance") == 1
+    unknown = {"attribute": "device", "group": None, "split": "test", "n_images": 28, "n_patients": 25}
+    bounds = [one | {"unknown_lo": 0.1, "unknown_hi": 0.2} if one["metric"].endswith("_gap") else one for one in rows]
+    said = findings.limits(GroupReport("s", bounds).reading, {"groups": [unknown]})
+    assert any("the Dice gap would be 0.100" in one and "and the AUROC gap would be 0.100" in one for one in said)
+
+
+CLASSES = ("normal", "covid", "flu")
+
+
+def make_classes(student=True):
+    """The rows of the classes come first, as an evaluation may write them; those of all follow."""
+    labels = [*(f"finding={name}" for name in CLASSES), "finding"]
+    rows = make_rows(labels=labels, student=student)
+    whole = {"n_pos": None, "n_neg": None}
+    rows = [one for one in rows if one["label"] != "finding" or one["metric"] not in ("tpr", "fpr", "ece")]
+    return [one | whole if one["label"] == "finding" else one for one in rows]
+
+
+def test_the_label_of_several_classes_comes_first_and_is_told_once(tmp_path):
+    context = {"classes": {"finding": CLASSES}, "history": []}
+    markdown, page = render(tmp_path, make_classes(), **context)
+    reading = GroupReport("s", make_classes(), context).reading
+    assert reading.labels == ["finding", *(f"finding={name}" for name in CLASSES)]
+    assert reading.heads == ["finding"]
+    assert lead(markdown).startswith("For “finding”, the student scores lowest")
+    # Of the label as a whole alone: its classes are not counted again.
+    assert "in 2 of 4 groups" in findings.tally(reading)
+    for said in (markdown, visible(page)):
+        assert said.count("macro average over 3 classes, one against the rest: normal, covid and flu") == 1
+        assert said.count("For “finding”") == 1
+        assert said.count("For “finding=covid”") == 1
+    first = page.split("How well “finding” is recognised")[1].split("How well “finding=normal”")[0]
+    assert "Decisions at a threshold" not in first
+    assert "accuracy" in first
+    assert "calibration error (ECE)" not in first
+    assert page.count("Decisions at a threshold") == len(CLASSES)
+    limits = [one for one in findings.limits(reading, context) if "M · AP" in one]
+    place = "sex × view M · AP (10 patients, 12 images)"
+    assert limits == [
+        f"No finding, too few patients of a class: {place} for finding.",
+        f"No finding, too few positive patients: {place} for finding (normal 4, covid 4, flu 4 positive).",
+    ]
+
+
+# ── Studies ──
+
+SYSTEMS = ("student", *(f"teacher/{name}" for name in TEACHERS))
+GROUPS = {"device": ["A", "B"], "sex*view": ["F|AP", "F|PA", "M|AP"]}
+
+
+@pytest.fixture(scope="module")
+def rich(studied):
+    rows, context = studied("even", SYSTEMS, GROUPS)
+    return GroupReport("full", make_rows() + rows, make_context(**context))
+
+
+@pytest.fixture(scope="module")
+def shown(rich, tmp_path_factory):
+    """Markdown and page."""
+    paths = report.write(rich, tmp_path_factory.mktemp("rich"))
+    return paths[2].read_text(encoding="utf-8"), paths[3].read_text(encoding="utf-8")
+
+
+def part(page, name):
+    """One section of a page."""
+    return re.search(rf'<section aria-labelledby="{name}">(.*?)</section>', page, re.S)[1]
+
+
+def test_studies_change_nothing_else(one, rich):
+    plain, more = one.reading, rich.reading
+    for name in ("labels", "places", "attributes", "teachers", "others", "cells"):
+        assert getattr(plain, name) == getattr(more, name)
+    assert findings.tally(plain) == findings.tally(more)
+    assert findings.limits(plain, one.context) == findings.limits(more, rich.context)
+    assert report.headline(one) == report.headline(rich)
+    assert len(more.studies) == len(rich.rows) - len(one.rows)
+
+
+def test_figures_without_rows_are_absent(texts):
+    for text in (texts[".md"], texts[".html"]):
+        said = "reveal of the patients|counted in training|With fewer labels|Trained on one group|ROC and calibration"
+        assert not re.search(said, text)
+    assert not re.search('"(leakage|weights|operating|scarcity)', texts[".html"])
+
+
+def test_every_number_of_a_study_is_a_rows_or_the_contexts(rich, shown):
+    numbers = [row[key] for row in rich.rows for key in report.NUMBERS]
+    numbers += [row.get(key) for _, past in rich.context["history"] for row in past for key in report.NUMBERS]
+    for one in rich.context["curves"]:
+        numbers += one["roc"]["tpr"] + [
+            cell[key] for cell in one["calibration"] for key in ("score", "rate", "lo", "hi")
+        ]
+    known = {f"{abs(value):.3f}" for value in numbers if value is not None}
+    for text in shown:
+        assert set(re.findall(r"(?<![\d.])\d+\.\d{3}(?!\d)", visible(text))) <= known
+
+
+def test_page_of_studies_is_well_formed_and_every_plot_has_its_table(shown):
+    outline = Outline()
+    outline.feed(shown[1])
+    assert not outline.open
+    names = [attrs["id"] for _, attrs in outline.seen if "id" in attrs]
+    assert len(names) == len(set(names))
+    assert {attrs["aria-labelledby"] for _, attrs in outline.seen if "aria-labelledby" in attrs} <= set(names)
+    plots = re.findall(r'<figure class="chart".*?</figure>', shown[1], re.S)
+    # ROC and calibration of 2 attributes, 3 of scarcity, 2 stage charts and their gaps, the path of weights.
+    assert len(plots) == 4 + 3 + 3 + 1
+    assert all("<details><summary>The numbers</summary>" in plot and "<td>" in plot for plot in plots)
+
+
+def test_lines_are_told_apart_without_colour(shown):
+    plot = re.search(r'<figcaption id="operating-1-2-1">.*?</figure>', shown[1], re.S)[0]
+    tones = re.findall(r'<g class="(c\d)">', plot)
+    assert tones == ["c3", "c2", "c1", "c0"]
+    dashes = [re.search(rf"\.{tone} \.line {{ stroke-dasharray: ([\d. ]+)", shown[1]) for tone in tones]
+    assert len({dash and dash[1] for dash in dashes}) == 4
+    legend = re.findall(r'H?h28"/><g[^>]*>\s*<path class="dot" d="([^"]+)"', plot)
+    assert len(set(legend)) == 4
+    assert all(name in plot for name in ("all patients", "F · AP", "F · PA", "M · AP"))
+
+
+def test_the_threshold_is_marked_on_the_curve(rich, shown):
+    plot = re.search(r'<figcaption id="operating-1-1-1">ROC, by device.*?</figure>', shown[1], re.S)[0]
+    for group in ("A", "B"):
+        rows = {row["metric"]: row for row in rich.rows if (row["predictor"], row["group"]) == ("student", group)}
+        x, y = 44 + figures.UNIT.at(rows["fpr"]["value"]), 268 - figures.UNIT.at(rows["tpr"]["value"])
+        assert f'transform="translate({x} {y})"' in plot
+        assert f"<td>{findings.estimate(rows['tpr'])}</td>" in plot
+
+
+def test_sensitivity_is_read_off_the_curve(studied):
+    rows, context = studied("even", SYSTEMS[:1], {"device": ["A", "B"]})
+    reading = GroupReport("s", make_rows() + rows).reading
+    [panels] = figures.operating(reading, "even", context["curves"])
+    for one, cells in zip(context["curves"], panels["roc"]["table"]["lines"], strict=True):
+        known = list(zip(one["roc"]["fpr"], one["roc"]["tpr"], strict=True))
+        assert cells[-3:] == [f"{max(y for x, y in known if x <= most):.3f}" for most in (0.05, 0.1, 0.2)]
+
+
+def test_calibration_lies_between_its_ends(studied):
+    _, context = studied("even", SYSTEMS[:1], {"device": ["A", "B"]})
+    rare = [
+        one
+        | {
+            "calibration": [
+                cell | {"rate": cell["rate"] / 9, "lo": 0.0, "hi": cell["hi"] / 9} for cell in one["calibration"][:2]
+            ]
+        }
+        for one in context["curves"]
+    ]
+    [panels] = figures.operating(GroupReport("s", make_rows()).reading, "even", rare)
+    chart = panels["calibration"]
+    assert chart["axis"].lo == 0
+    assert 0.15 <= chart["axis"].hi < 0.5
+    assert len(chart["table"]["lines"]) == 2 * len(rare)
+    none = [one | {"calibration": []} for one in context["curves"]]
+    assert figures.operating(GroupReport("s", make_rows()).reading, "even", none)[0]["calibration"] is None
+
+
+def test_gaps_are_followed_over_the_stages(rich, shown):
+    plot = re.search(
+        r"<figcaption[^>]*>even, AUROC gap between the groups of an attribute.*?</figure>", shown[1], re.S
+    )[0]
+    assert plot.count('class="area"') == 1
+    last = next(row for row in rich.rows if (row["metric"], row["predictor"]) == ("auroc_gap", "student"))
+    assert f"<td>{findings.estimate(last)}</td>" in plot
+    assert "device (simulated)" in plot
+
+
+def test_weights_are_printed_in_every_cell(rich, shown):
+    table = part(shown[1], "weights")
+    assert re.findall(r"<th scope=\"colgroup\" colspan=\"3\">(\w+)</th>", table) == ["warm", "full"]
+    given = rich.context["weights"]
+    for stage in given["stages"]:
+        for cells in stage["weight"]:
+            for cell in cells:
+                assert f">{cell:.2f}</td>" in table
+                assert f" {cell:.2f} |" in shown[0]
+    sides = dict(re.findall(r'<td class="(over|under)[^>]*>([\d.]+)<', table))
+    assert float(sides["over"]) > 1 > float(sides["under"])
+    assert '<td class="" style="--far: 0%">1.00</td>' in table
+    none = {
+        **given,
+        "stages": [{"stage": "warm", "weight": [[None, 1.0, 0.0]] * 3}],
+        "path": {"step": [1], "weight": [[None] * 3]},
+    }
+    drawn = figures.weights(none)
+    assert [cell["text"] for cell in drawn["lines"][0][1][0]] == ["–", "1.00", "0.00"]
+    assert drawn["path"] is None
+
+
+def test_leakage_names_what_is_revealed_most(shown):
+    for text in (shown[0], part(shown[1], "leakage")):
+        assert (
+            "The features of the student reveal most: a linear probe tells device A (simulated) from all others" in text
+        )
+        assert "AUROC 0.830 (0.790 to 0.870), picked as the highest of 20." in text
+        assert "at chance (0.5) is no proof that nothing is revealed" in text
+    assert part(shown[1], "leakage").count('class="plot"') == 1 + 20
+
+
+def test_leakage_that_reaches_chance_is_no_finding(studied, tmp_path):
+    rows = [one | {"value": 0.52, "lo": 0.48, "hi": 0.56} for one in studied("even", SYSTEMS, GROUPS)[0]]
+    text = render(tmp_path, make_rows() + rows, history=[])[0]
+    assert "We cannot tell whether a linear probe reads any group" in text
+    assert "reveal most" not in text
+    sure = [one | {"value": 1.0, "lo": 0.97, "hi": 1.0} for one in rows if one["group"] in ("A", "B")]
+    told = findings.leakage_finding(GroupReport("s", sure[: len(sure) // 2]).reading)
+    assert told.startswith(
+        "The features of the student and the teacher dinov2 reveal most: a linear probe tells device A"
+    )
+    # A higher value with a wide interval does not hide what is certain.
+    leaks = [one for one in rows if one["metric"] == "leakage"]
+    leaks[3] |= {"value": 0.51, "lo": 0.505, "hi": 0.515}
+    assert "AUROC 0.510" in findings.leakage_finding(GroupReport("s", leaks).reading)
+    few = make_rows() + [one | {"status": "below_min_pos"} for one in leaks]
+    markdown, page = render(tmp_path, few, history=[])
+    assert "No group has enough patients to tell what the features reveal. A linear probe at chance" in markdown
+    assert "500 patients, 600 images, 200 of the group: too few patients of the group" in part(page, "leakage")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            {},
+            "0.100 (0.076 to 0.124) with 1 % of the labelled patients and 0.040 (0.040 to 0.040) with 100 %: it grows",
+        ),
+        ({"value": 0.05, "lo": 0.03, "hi": 0.07}, "the ranges over seeds overlap, so we cannot tell"),
+        ({"value": 0.01, "lo": 0.005, "hi": 0.02}, "it shrinks with the labels"),
+        ({"lo": 0.1, "hi": 0.1}, "of one seed, which cannot tell"),
+        ({"value": None, "lo": None, "hi": None}, "0.079 (0.063 to 0.095) with 5 % of the labelled patients"),
+    ],
+)
+def test_scarcity_claims_no_more_than_the_seeds(studied, spoil, said):
+    rows = [one | (spoil if one["target"] == "0.01" else {}) for one in studied("even", SYSTEMS, GROUPS)[0]]
+    text = findings.scarcity_finding(GroupReport("s", make_rows() + rows).reading, "even")
+    assert text.startswith("The AUROC gap of the student: between the groups of device it is ")
+    assert text.count(said) == 2
+
+
+def test_scarcity_is_a_table_of_shares(rich, shown):
+    markdown, page = shown
+    head = "| labels used | 1 % | 5 % | 10 % | 25 % | 100 % |"
+    assert markdown.count(head) == page.count('<th scope="col">labels used</th><th scope="col">1 %</th>') == 3
+    assert re.search(r"\| dinov2, worst group \| 0\.680 \(0\.656 to 0\.704\) \|", markdown)
+    for name in ("gap", "worst group", "F · PA"):
+        assert f"| student, {name} |" in markdown
+    assert "scarcity" not in visible(page)
+
+
+def test_holdout_is_a_matrix(rich, shown):
+    cells = {
+        (row["target"], row["group"]): findings.estimate(row)
+        for row in rich.rows
+        if (row["metric"], row["predictor"], row["attribute"]) == ("holdout_auroc", "teacher/dinov2", "sex*view")
+    }
+    table = re.search(r"\| sex × view, dinov2 \|.*?\n\n", shown[0], re.S)[0].strip().splitlines()
+    assert table[0] == "| sex × view, dinov2 | tested on F · AP | tested on F · PA | tested on M · AP |"
+    for line, trained in zip(table[2:], ["all", *GROUPS["sex*view"]], strict=True):
+        numbers = [cells[trained, tested] for tested in GROUPS["sex*view"]]
+        assert line == f"| trained on {trained.replace('|', ' · ')} | {' | '.join(numbers)} |"
+    assert shown[1].count('class="same"') == 4 * (2 + 3)
+
+
+def test_names_in_studies_cannot_act_as_markup(studied, tmp_path):
+    nasty = "<b>|`*x*`"
+    rows, context = studied(nasty, SYSTEMS, {"<i>site": ["<u>A", "B"]})
+    context["weights"]["teachers"] = ["<s>x"] * 3
+    markdown, page = render(tmp_path, [one | {"label": nasty} for one in make_rows()] + rows, history=[], **context)
+    for tag in ("<b>", "<i>", "<u>", "<s>"):
+        assert tag not in page
+        assert tag not in markdown
+    tables = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert all(re.search(r"(?<!\\)\|$", line) for line in tables)
+
+
+def test_a_large_report_stays_small(studied, tmp_path):
+    groups = {name: ["A", "B", "C", "D"] for name in ("device", "sex*view", "race", "age")}
+    rows, curves = [], []
+    for label in ("even", "odd"):
+        found, context = studied(label, SYSTEMS, groups)
+        rows += [*found, *make_rows(labels=(label,))]
+        curves += context["curves"]
+    path = report.write(GroupReport("full", rows, make_context(**context | {"curves": curves})), tmp_path)[3]
+    assert path.stat().st_size < 1_000_000
+
+
 # ── Terminal ──
 
 
@@ -626,7 +952,7 @@ def test_numbers_have_a_true_minus_and_no_negative_zero():
 @given(st.lists(st.floats(-3, 3), min_size=1, max_size=8), st.one_of(st.none(), st.floats(-1, 1)))
 def test_axis_holds_all_values_between_round_ticks(values, mark):
     rows = [{"value": value, "lo": value - 0.1, "hi": None, "weak": value < 0} for value in values]
-    axis = findings.axis(rows, mark, whole=True)
+    axis = figures.axis(rows, mark, whole=True)
     assert list(axis.ticks) == sorted(axis.ticks)
     assert 2 <= len(axis.ticks) <= 7
     assert not any(axis.beyond(value) for value in values)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agglom.core.influence import rate
+from agglom import probes
+from agglom.core.influence import linearise, moments, rate
 from agglom.core.metrics import THRESHOLDED, evaluate, evaluate_groups
 from agglom.core.streaming import ScoreHistogram
 
@@ -46,6 +47,59 @@ def test_the_bounds_of_auroc_hold_the_exact_value(rows, bins):
         else:
             assert lo - 1e-12 <= e.value <= hi + 1e-12
             assert float(value) == pytest.approx(float(lo + hi) / 2)
+
+
+@quick
+@given(rows_of_a_case, st.sampled_from([2, 8, 64]))
+def test_the_bounds_of_average_precision_hold_the_exact_value(rows, bins):
+    y, p, group = columns(rows)
+    found = ScoreHistogram.empty(3, bins).update(y, p, group).auprc()
+    for e, value, lo, hi in zip(estimates("auprc", y, p, group), *found, strict=True):
+        if e.status != "constant_score":
+            assert math.isnan(e.value) == math.isnan(value)
+        if not math.isnan(e.value):
+            assert lo - 1e-12 <= e.value <= hi + 1e-12
+            assert float(value) == pytest.approx(float(lo + hi) / 2)
+
+
+def test_the_bounds_of_average_precision_are_reached():
+    y, group = torch.tensor([0, 1, 1, 0, 1]), torch.zeros(5, dtype=torch.int64)
+    for p, reached in (
+        ([0.1, 0.6, 0.6, 0.55, 0.9], 2),
+        ([0.1, 0.6, 0.7, 0.8, 0.9], 2),
+        ([0.1, 0.6, 0.7, 0.95, 0.9], 1),
+    ):
+        p = torch.tensor(p, dtype=torch.float64)
+        y_2 = y if reached == 1 else torch.tensor([0, 1, 1, 0, 1])
+        found = ScoreHistogram.empty(1, 2).update(y_2, p, group).auprc()
+        expected = {1: (1 / 2 + 2 / 3 + 3 / 4) / 3, 2: 1.0}[reached]
+        assert float(found[reached][0]) == pytest.approx(expected)
+
+
+@quick
+@given(rows_of_a_case)
+def test_youden_separates_what_the_scores_do_at_the_edges(rows):
+    y, p, group = columns(rows)
+    p = (p * 64).floor() / 64
+    cut = ScoreHistogram.empty(3, 64).update(y, p, group).youden(-1)
+    if bool(y.all()) or not bool(y.any()):
+        assert math.isnan(cut)
+        return
+    p = p.clamp(max=63 / 64)  # the last bin holds both
+    assert torch.equal(p >= cut, p >= probes.youden(p.numpy(), y.numpy().astype(float)))
+
+
+def test_the_variance_is_that_of_delong_on_scores_at_the_edges():
+    rng = np.random.default_rng(3)
+    y, p = torch.tensor(rng.random(300) < 0.3), torch.tensor(np.floor(rng.random(300) * 32) / 32)
+    group = torch.tensor(rng.integers(-1, 2, 300))
+    histogram = ScoreHistogram.empty(2, 32).update(y, p, group)
+    for place, member in ((0, group == 0), (1, group == 1), (-1, group >= -1)):
+        patient = torch.arange(int(member.sum()))
+        expected = moments(linearise("auroc", y[member], p[member], math.nan, patient))
+        found = histogram.auroc_moments(place)
+        for key in ("variance", "df", "rows", "heaviest", "least"):
+            assert getattr(found, key) == pytest.approx(getattr(expected, key), rel=1e-9), key
 
 
 def test_the_bounds_are_reached():
@@ -97,6 +151,8 @@ def test_brier_and_ece_are_exact(rows):
     members = [group == 0, group == 1, group == 2, group >= -1]
     expected = [float((p[m] - y[m].double()).square().mean()) for m in members]
     assert histogram.brier().tolist() == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    found = histogram.ece_debiased().tolist()
+    assert found == pytest.approx(values("ece_debiased", y, p, group), abs=1e-12, nan_ok=True)
 
 
 @quick
