@@ -1,18 +1,26 @@
-"""Grouped metrics, a bootstrap, and a stream of scores: seconds and memory, beside fairlearn in the same run.
+"""Grouped metrics, a bootstrap, and streams of scores: seconds and memory, beside fairlearn in the same run.
 
 Simulated scores, one image a patient, two attributes: race (4 groups, the smallest 5 %) and sex (2). Both sides get the
 same arrays of labels, scores and integer group ids. What each computes is in its row: agglom always does at least as
 much. fairlearn's MetricFrame is timed per replicate on a handful of them; its resampling also yields the ratio between
 groups, and draws rows, not strata of patients.
+
+Memory is what a new process has resident at its peak, beyond what it has when its inputs are there (VmHWM − VmRSS), as
+a multiple of the scores in float64. The allocator gives freed memory back at once there, or what the inputs left behind
+would be used again and not be seen. The last rows are `agglom evaluate --stream`: a Parquet table of scores against a
+manifest of one image a patient, views race, sex and race*sex, val and test.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +34,7 @@ from agglom.core import metrics
 from agglom.core.resample import bootstrap_auroc
 from agglom.core.streaming import ScoreHistogram
 
-RACES, SEXES, THRESHOLD, BATCH = 4, 2, 0.5, 2**16
+RACES, SEXES, THRESHOLD, BATCH, PREDICTORS = 4, 2, 0.5, 2**16, 10
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # label, score, race, sex
 
 
@@ -106,7 +114,7 @@ def bootstrap(rows: int, replicates: int, few: int) -> dict[str, Any]:
         gap, worst = by_group.amax(1) - by_group.amin(1), by_group.amin(1)
         return torch.cat([drawn, gap[:, None], worst[:, None]], dim=1).quantile(levels, dim=0)
 
-    seconds, found = timed(ours)
+    seconds, found = timed(ours, 3)
     options = {"ci_quantiles": [0.025, 0.975], "random_state": 0}
     once, _ = timed(lambda: frame("auroc", data, ("race", "sex")))
     several, made = timed(lambda: frame("auroc", data, ("race", "sex"), n_boot=few, **options))
@@ -148,6 +156,8 @@ def resident(field: str) -> int:
 
 def growth(work: str, rows: int) -> float:
     """Peak memory beyond the inputs of one piece of work, as a multiple of the scores (float64). In a new process."""
+    if work == "product":
+        return product(rows)
     if work == "stream":
         stream(BATCH)
         call: Callable[[], Any] = lambda: stream(rows)  # noqa: E731
@@ -168,17 +178,65 @@ def growth(work: str, rows: int) -> float:
     return (resident("VmHWM") - before) / (8 * rows)
 
 
-def streaming(rows: int, threads: int) -> dict[str, Any]:
+def write_tables(folder: Path, images: int) -> None:
+    """A manifest of so many images, and their scores by `PREDICTORS` predictors, one after the other."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    y, p, race, sex = simulated(images, 0)
+    names = pa.array([f"images/{row:08d}.png" for row in range(images)])
+    label, race, sex = (
+        np.char.mod(text, x.numpy().astype(int)) for text, x in (("%d", y), ("r%d", race), ("s%d", sex))
+    )
+    split = np.where(np.arange(images) % 4 == 0, "val", "test")
+    manifest = {"image": names, "patient": names, "split": split, "mass": label, "race": race, "sex": sex}
+    pyarrow.parquet.write_table(pa.table(manifest), folder / "manifest.parquet")
+    schema = pa.schema([(name, pa.string()) for name in ("image", "predictor", "label")] + [("score", pa.float64())])
+    with pyarrow.parquet.ParquetWriter(folder / "scores.parquet", schema) as file:
+        for predictor in range(PREDICTORS):
+            noisy = (p.numpy() + np.random.default_rng(predictor).random(images) / 4) / 1.25
+            name, mass = (pa.array([text] * images) for text in (f"model {predictor}", "mass"))
+            file.write_table(pa.table([names, name, mass, pa.array(noisy)], schema=schema))
+
+
+def product(rows: int) -> float:
+    """Peak memory of reading a table of scores in a stream, the manifest in memory; prints seconds and what is kept."""
+    from agglom import config
+    from agglom import stream as product
+    from agglom.data import manifest as manifests
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tables(folder, rows // PREDICTORS)
+        data = {"manifest": "manifest.parquet", "labels": ["mass"], "attributes": {"race": {}, "sex": {}}}
+        asked, _ = config.load_audit(None, [], **data, groups=["race", "sex", "race*sex"])
+        manifest = manifests.load(asked.data, folder, check_files=False, needed=())
+        all_views = [manifest.view(name) for name in ("", *asked.data.groups)]
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = resident("VmRSS")
+        read = partial(product.read, folder / "scores.parquet", manifest, asked.data.labels, all_views)
+        seconds, found = timed(read)
+        peak = resident("VmHWM") - before
+    kept = sum(one.pack().nbytes for one in found.histograms.values()) + sum(s.nbytes for s in found.seen.values())
+    print(seconds, kept / 2**20, peak / 2**20)
+    return peak / (8 * rows)
+
+
+def streaming(rows: int, product_rows: int, threads: int) -> dict[str, Any]:
     """A stream against all scores at once: seconds, how far AUROC may be off, memory."""
     seconds, histogram = stream(rows)
     y, p, race, sex = (torch.cat(columns) for columns in zip(*batches(rows), strict=True))
     group = race * SEXES + sex
-    whole, table_G = timed(lambda: metrics.tabulate(y, p, group, RACES * SEXES, THRESHOLD))
+    whole, table_G = timed(lambda: metrics.tabulate(y, p, group, RACES * SEXES, THRESHOLD), 3)
     auroc = histogram.auroc()
     inside = bool(((auroc.lo_G <= table_G["auroc"]) & (table_G["auroc"] <= auroc.hi_G)).all())
-    me, memory = [sys.executable, __file__, "--stream-rows", str(rows), "--threads", str(threads), "--growth"], {}
-    for work in ("stream", "tabulate", "bootstrap"):
-        memory[work] = float(subprocess.run([*me, work], check=True, capture_output=True, text=True).stdout)
+    me = [sys.executable, __file__, "--threads", str(threads), "--stream-rows"]
+    settings, said = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, {}
+    for work, count in (("stream", rows), ("tabulate", rows), ("bootstrap", rows), ("product", product_rows)):
+        command = [*me, str(count), "--growth", work]
+        said[work] = subprocess.run(command, check=True, capture_output=True, text=True, env=settings).stdout.split()
+    read, kept, peak, _ = map(float, said["product"])
+    memory = {work: float(words[-1]) for work, words in said.items()}
     return {
         "rows": rows,
         "seconds": {"stream": seconds, "tabulate": whole},
@@ -186,6 +244,7 @@ def streaming(rows: int, threads: int) -> dict[str, Any]:
         "error": float((auroc.value_G - table_G["auroc"]).abs().max()),
         "inside": inside,
         "memory": memory,
+        "product": {"rows": product_rows, "seconds": read, "kept_mib": kept, "peak_mib": peak},
     }
 
 
@@ -214,6 +273,10 @@ def lines(a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]) -> str:
         ("agglom", "bootstrap, memory alone", "", m["bootstrap"]),
     ]
     third = [(*row[:3], f"{number(row[3])} × the scores") for row in third]
+    d = c["product"]
+    what = f"evaluate --stream, {PREDICTORS} predictors, 15 groups, val and test: reading"
+    memory = f"{d['peak_mib']:.0f} MiB, {d['kept_mib']:.0f} kept; scores {8 * d['rows'] / 2**20:.0f}"
+    third.append((f"{d['rows']:,} scores, agglom", what, f"{d['seconds']:.1f} s", memory))
     return table(("", "work", "time", "memory or note"), [*first, *second, *third])
 
 
@@ -222,10 +285,13 @@ def main() -> None:
     cli.add_argument("--rows", type=int, default=1_000_000, help="of the point metrics")
     cli.add_argument("--boot-rows", type=int, default=100_000, help="of the bootstrap")
     cli.add_argument("--stream-rows", type=int, default=4_000_000, help="of the stream")
+    cli.add_argument("--product-rows", type=int, default=10_000_000, help="of the table of evaluate --stream")
     cli.add_argument("--replicates", type=int, default=1000)
     cli.add_argument("--few", type=int, default=5, help="replicates of fairlearn that are timed")
     cli.add_argument("--threads", type=int, default=1, help="of torch; fairlearn uses one")
-    cli.add_argument("--growth", choices=("stream", "tabulate", "bootstrap"), help="print the memory of one work only")
+    cli.add_argument(
+        "--growth", choices=("stream", "tabulate", "bootstrap", "product"), help="print the memory of one work only"
+    )
     options = cli.parse_args()
     torch.set_num_threads(options.threads)
     if options.growth:
@@ -234,7 +300,7 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     a = points(options.rows)
     b = bootstrap(options.boot_rows, options.replicates, options.few)
-    c = streaming(options.stream_rows, options.threads)
+    c = streaming(options.stream_rows, options.product_rows, options.threads)
     software = f"{versions()}, fairlearn {version('fairlearn')}, scikit-learn {version('scikit-learn')}"
     print(f"{lines(a, b, c)}\n\n{options.threads} thread(s) of torch; {software}")
     figures = {"points": a, "bootstrap": b, "streaming": c, "threads": options.threads, "versions": software}

@@ -1,6 +1,6 @@
 """Expected calibration error over fixed bins: values and intervals.
 
-Suffixes: N rows, I patients, C calibration bins, R bootstrap draws, P predictors, X any.
+Suffixes: N rows, I patients, C calibration bins, R draws, P predictors, X any.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BINS = 10
 
 
 class Draws(NamedTuple):
-    """ECE of each predictor, the value to report, how far ECE moves in each draw of patients (least and most, (P, R)),
+    """ECE of each predictor, the value to report, how far ECE moves in each draw (least and most, (P, R)),
     effective rows."""
 
     ece_P: Tensor
@@ -64,8 +64,9 @@ def debiased(sum_IC: Tensor, size_I: Tensor) -> Tensor:
 def draw(metric: str, y_N: Tensor, scores: Sequence[Tensor], patient_N: Tensor, replicates: int, seed: int) -> Draws:
     """`ece` or `ece_debiased` of every predictor, and how far draws of their bins, all on the same patients, move it.
 
-    A draw, normal with the covariance of the sums of patients (see `metrics.evaluate`), moves bin c by h. Far from calibrated (|s| beyond √log I standard errors) |s| moves by sign(s)·h. Where s may
-    be 0 the truth lies between sign(s)·h (straight) and |h| (curved).
+    A draw, normal with the clustered covariance of the sums (`metrics.evaluate` says why), moves bin c by h. Far from
+    calibrated (|s| beyond √log I standard errors) |s| moves by sign(s)·h. Where s may be 0 the truth lies between
+    sign(s)·h (straight) and |h| (curved).
     """
     size_I, sum_PIC = torch.bincount(patient_N), torch.stack([residuals(y_N, p_N, patient_N) for p_N in scores])
     straight_PR, curved_PR = _moves(sum_PIC, size_I, replicates, seed)

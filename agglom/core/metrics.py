@@ -161,9 +161,9 @@ def evaluate(
       Stat. Med. 17; Zou 2007, Psychol. Methods 12), so that a rate of 1 in a small class keeps its width.
     - brier: mean of (p − y)², clustered Student's t with the correction for skewness of `paired`, within [0, 1].
     - ece: Σ_c |Σ_{i in c} (p_i − y_i)| / n over ten equal bins [0, .1) … [.9, 1]; biased upwards in small groups. |·|
-      bends at 0, where a percentile bootstrap does not cover: draws of the bins' sums are pushed through the directional
-      derivative instead (Fang and Santos 2019, Rev. Econ. Stud. 86). Of the draws that theorem asks no more than the
-      right limit, so they are normal, with the clustered covariance of the sums.
+      bends at 0, where a percentile bootstrap does not cover: draws of the sums of the bins are pushed through the
+      directional derivative instead (Fang and Santos 2019, Rev. Econ. Stud. 86). Their theorem asks no more of the
+      draws than the right limit, so they are normal, with the clustered covariance of the sums.
     - ece_debiased: ece less its bias when the mean of every bin is normal, twice the value less the expectation about
       it (Kumar, Liang and Ma 2019, NeurIPS, "Verified uncertainty calibration", the correction of their code for the
       ℓ1 error; here in closed form and with the clustered variance), not below 0. Nothing of the bias is left far from
@@ -328,7 +328,8 @@ def paired(
     All but the two ECE: clustered variance of the difference of the influences (for AUROC the covariance of DeLong and
     Obuchowski), Student's t as above; the side towards which the influences are skewed is widened by the correction of
     Hall 1992 (J. R. Statist. Soc. B 54), the other is not narrowed. Where the two never differ: the bound of no event
-    among that many patients. ece: the directional bootstrap, both on the same draws; conservative, as it takes the least favourable side in every bin that may be calibrated.
+    among that many patients. ece: the directional bootstrap, both on the same draws; conservative, as it takes the least
+    favourable side in every bin that may be calibrated.
     A one-sided 95 % bound is `lo` or `hi` at level .90. Raises ValueError as `evaluate` does.
     """
     _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b))
