@@ -119,12 +119,17 @@ class Heads(Section):
 class Loss(Section):
     """Losses per token kind, their weights, and the normaliser of the targets."""
 
-    summary: Literal["angular", "cosine", "mse"] = "angular"
-    patches: Literal["mse", "cosine", "smooth_l1"] = "mse"
+    summary: Literal["angular", "cosine", "mse", "unic"] = "angular"
+    patches: Literal["mse", "cosine", "smooth_l1", "hybrid", "unic", "relational"] = "mse"
     summary_weight: Weight = 1.0
     patches_weight: Weight = 1.0
     normaliser: Literal["phi_s", "standardise", "whiten", "none"] = "phi_s"
     fit_images: Annotated[int, Ge(2)] = 3000
+
+    @property
+    def normalises_summary(self) -> bool:
+        """Whether targets of summaries are normalised: a loss of directions alone takes them as they are."""
+        return self.summary in ("mse", "unic")
 
 
 @dataclass(frozen=True, kw_only=True)

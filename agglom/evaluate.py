@@ -215,7 +215,7 @@ def _fvu_rows(run: Run, surveyed: Survey, normalisers: dict[str, Normaliser], st
             yield from _ratio_rows(run, rows_M, error_M, baseline_M, "fvu", f"{name}/patches", note)
         if predicted.summary_ND is not None and pool.summary_ND is not None:
             guess_MD, raw_MD = predicted.summary_ND, pool.summary_ND[held_N]
-            if run.job.loss.summary == "mse":
+            if run.job.loss.normalises_summary:
                 metric, truth_MD = "fvu", normaliser.of_summary(raw_MD)
                 mean_D = normaliser.of_summary(pool.summary_ND[train_N]).mean(0)
                 error_M, baseline_M = ((one - truth_MD).square().mean(1) for one in (guess_MD, mean_D))

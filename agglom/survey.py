@@ -212,7 +212,7 @@ def _fit(run: Run, name: str, moments: Moments | None, pool: Pool, train_N: Tens
         train = pool.summary_ND[train_N]
         # After centring, the mean direction is noise: the angular losses take raw summaries (Rulings 3).
         summary = None
-        if loss.summary == "mse":
+        if loss.normalises_summary:
             summary = normalise.fit(loss.normaliser, Moments.empty(train.shape[-1]).update(train), run.job.seed)
         direction, dispersion = normalise.cone(train)
     except ValueError as error:

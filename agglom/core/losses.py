@@ -16,6 +16,7 @@ from agglom.core.heads import resample
 from agglom.core.types import Dims, Features, LossTable
 
 EPSILON = 1e-6
+RELATIONAL_TEMPERATURE = 0.1
 
 
 class Column(NamedTuple):
@@ -98,9 +99,40 @@ def smooth_l1(x: Tensor, y: Tensor, dispersion: Tensor | None = None) -> Tensor:
     return _per_sample(F.smooth_l1_loss(x, y, reduction="none"))
 
 
+def hybrid(x: Tensor, y: Tensor, dispersion: Tensor | None = None) -> Tensor:
+    """.9 cosine + .1 smooth L1: direction first, a little magnitude (AM-RADIO, arXiv 2312.06709)."""
+    return 0.9 * cosine(x, y) + 0.1 * smooth_l1(x, y)
+
+
+def unic(x: Tensor, y: Tensor, dispersion: Tensor | None = None) -> Tensor:
+    """.5 cosine + .5 smooth L1, of summaries and of patches, on standardised targets (UNIC, arXiv 2408.05088)."""
+    return 0.5 * cosine(x, y) + 0.5 * smooth_l1(x, y)
+
+
+def relational(x_BND: Tensor, y_BND: Tensor, dispersion: Tensor | None = None) -> Tensor:
+    """KL(P ‖ Q), averaged over the patches i of an image, of which other patches each of them resembles: P(j | i) ∝
+    exp(cos(y_i, y_j) / τ) of the teacher, Q that of the student, τ = RELATIONAL_TEMPERATURE (probabilistic knowledge
+    transfer, Passalis and Tefas 2018, arXiv 1803.10837, with a softmax of the cosines, and the patches of an image in
+    place of a batch). It is blind to a rotation or a scale that all patches share. 0 where there are fewer than three.
+    """
+    log_q_BNN, log_p_BNN = (_resemblance(z_BND) for z_BND in (x_BND, y_BND))
+    return (log_p_BNN.exp() * (log_p_BNN - log_q_BNN)).sum(-1).mean(-1)
+
+
+def _resemblance(z_BND: Tensor) -> Tensor:
+    """Log of the distribution over the other patches; the patch itself, and a lone patch, have the same in all."""
+    unit_BND = _direction(z_BND)
+    itself_NN = torch.eye(z_BND.shape[1], dtype=torch.bool, device=z_BND.device)
+    # Not −∞: its gradient is NaN where there is no other patch.
+    return (unit_BND @ unit_BND.mT / RELATIONAL_TEMPERATURE).masked_fill(itself_NN, -1e4).log_softmax(-1)
+
+
 Loss = Callable[[Tensor, Tensor, Any], Tensor]
-SUMMARY: dict[str, Loss] = {"angular": angular, "cosine": cosine, "mse": mse}
-PATCHES: dict[str, Loss] = {"mse": mse, "cosine": cosine, "smooth_l1": smooth_l1}
+SUMMARY: dict[str, Loss] = {"angular": angular, "cosine": cosine, "mse": mse, "unic": unic}
+PATCHES: dict[str, Loss] = {
+    **{"mse": mse, "cosine": cosine, "smooth_l1": smooth_l1},
+    **{"hybrid": hybrid, "unic": unic, "relational": relational},
+}
 
 
 def _keep(x: Tensor, valid_B: Tensor) -> Tensor:

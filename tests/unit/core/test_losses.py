@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
+from scipy.stats import entropy
 
 from agglom.core.heads import resample
 from agglom.core.losses import (
@@ -35,11 +37,28 @@ def ref_smooth_l1(x, y):
     return np.where(d < 1, d * d / 2, d - 0.5)
 
 
+def ref_cosine(x, y):
+    return (1 - np.cos(ref_angle(x, y))).reshape(len(x), -1).mean(1)
+
+
+def ref_relational(x, y):
+    """Patch by patch, with SciPy."""
+    found = []
+    for one in zip(x, y, strict=True):
+        q, p = (z @ z.T / np.outer(*[np.linalg.norm(z, axis=1)] * 2) / 0.1 for z in one)
+        others = ~np.eye(len(q), dtype=bool)
+        found.append(np.mean([entropy(softmax(b[o]), softmax(a[o])) for a, b, o in zip(q, p, others, strict=True)]))
+    return np.array(found)
+
+
 REFERENCE = {
     "angular": lambda x, y, dispersion: ref_angle(x, y) ** 2 / dispersion,
-    "cosine": lambda x, y, _: (1 - np.cos(ref_angle(x, y))).reshape(len(x), -1).mean(1),
+    "cosine": lambda x, y, _: ref_cosine(x, y),
     "mse": lambda x, y, _: ((x - y) ** 2).reshape(len(x), -1).mean(1),
     "smooth_l1": lambda x, y, _: ref_smooth_l1(x, y).reshape(len(x), -1).mean(1),
+    "hybrid": lambda x, y, _: 0.9 * ref_cosine(x, y) + 0.1 * ref_smooth_l1(x, y).reshape(len(x), -1).mean(1),
+    "unic": lambda x, y, _: 0.5 * ref_cosine(x, y) + 0.5 * ref_smooth_l1(x, y).reshape(len(x), -1).mean(1),
+    "relational": lambda x, y, _: ref_relational(x, y),
 }
 
 
@@ -97,6 +116,19 @@ def test_gradients_are_finite_at_and_near_the_ends(factor, name):
     SUMMARY[name](x, y, torch.tensor(1.0)).sum().backward()
     assert x.grad.isfinite().all()
     assert x.grad.abs().max() < 10
+
+
+def test_relations_are_blind_to_a_rotation_and_need_company():
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(2, 6, 4, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=generator)).Q
+    torch.testing.assert_close(PATCHES["relational"](3 * y @ rotation, y, None), torch.zeros(2), atol=1e-5, rtol=0)
+    assert (PATCHES["relational"](y.flip(1), y, None) > 0.01).all()
+    x = y[:, :2].clone().requires_grad_()
+    loss = PATCHES["relational"](x, y.flip(1)[:, :2], None)
+    loss.sum().backward()
+    assert torch.equal(loss, torch.zeros(2))
+    assert x.grad.isfinite().all()
 
 
 def test_a_zero_vector_has_no_direction():
