@@ -310,11 +310,11 @@ def _label_of(table: Table, labels: Sequence[str]) -> np.ndarray:
 
 def rows_of(images: Sequence[str], manifest: Manifest, problems: Problems, at: Callable[[int], str]) -> np.ndarray:
     """For each image its row of the manifest, −1 where it has none, which is a problem told with `at` of its index."""
-    row_of, rows_named = _index(manifest)
+    row_of = _rows_by_image(manifest)
     found = np.fromiter((row_of.get(image, -1) for image in images), np.int64, len(images))
     shared = np.zeros(len(images), bool)
     for index in np.flatnonzero(found < 0).tolist():
-        rows = rows_named.get(os.path.basename(images[index]), [])
+        rows = _rows_by_name(manifest).get(os.path.basename(images[index]), [])
         shared[index] = len(rows) > 1
         found[index] = rows[0] if len(rows) == 1 else -1
     unknown = np.flatnonzero((found < 0) & ~shared & (np.array(images) != ""))
@@ -340,13 +340,18 @@ def notes_on(
     return notes
 
 
+# Made once for all parts of a table, and file names only if a table uses them.
 @lru_cache(maxsize=1)
-def _index(manifest: Manifest) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """The row of each image, and the rows of each file name: made once for all parts of a table."""
+def _rows_by_image(manifest: Manifest) -> dict[str, int]:
+    return {cell: row for row, cell in enumerate(manifest.cells)}
+
+
+@lru_cache(maxsize=1)
+def _rows_by_name(manifest: Manifest) -> dict[str, list[int]]:
     rows_named: dict[str, list[int]] = {}
     for row, cell in enumerate(manifest.cells):
         rows_named.setdefault(os.path.basename(cell), []).append(row)
-    return {cell: row for row, cell in enumerate(manifest.cells)}, rows_named
+    return rows_named
 
 
 def check_complete(

@@ -328,8 +328,8 @@ def paired(
     All but the two ECE: clustered variance of the difference of the influences (for AUROC the covariance of DeLong and
     Obuchowski), Student's t as above; the side towards which the influences are skewed is widened by the correction of
     Hall 1992 (J. R. Statist. Soc. B 54), the other is not narrowed. Where the two never differ: the bound of no event
-    among that many patients. ece: the directional bootstrap, both on the same draws; conservative, as it takes the least
-    favourable side in every bin that may be calibrated.
+    among that many patients. ece: the directional bootstrap, both on the same draws; conservative, as it takes the
+    least favourable side in every bin that may be calibrated.
     A one-sided 95 % bound is `lo` or `hi` at level .90. Raises ValueError as `evaluate` does.
     """
     _check(metric, y_N, {"a_N": a_N, "b_N": b_N}, patient_N, (threshold_a, threshold_b))

@@ -22,7 +22,8 @@ def drawn(tmp_path):
     draw = np.random.default_rng(0)
     sick, sex = draw.random(400) < 0.4, draw.choice(["F", "M", "X"], 400, p=[0.5, 0.49, 0.01])
     sick[sex == "X"] = False
-    score = (1 / (1 + np.exp(-(draw.normal(size=400) + 1.5 * sick - 1)))).round(2).clip(0.01, 0.99) - 0.003  # ties, and none at the edge of a bin
+    score = 1 / (1 + np.exp(-(draw.normal(size=400) + 1.5 * sick - 1)))
+    score = score.round(2).clip(0.01, 0.99) - 0.003  # ties, and none at the edge of a bin
     lines = [f"{i}.png,{i},{int(sick[i])},{sex[i]}" for i in range(400)]
     (tmp_path / "m.csv").write_text("\n".join(["image,patient,sick,sex", *lines]))
     data = Data(manifest="m.csv", split=None, labels=("sick",), attributes={"sex": Attribute()}, groups=("sex",))
