@@ -415,7 +415,7 @@ def record(designs: Sequence[Design], command: str) -> str:
     """The whole Markdown file."""
     return f"""# Coverage of the 95 % intervals
 
-Written by `{command}` on {os.cpu_count()} CPU cores that other work shared, no GPU. {versions()}.
+Written by `{command}` on {os.cpu_count()} CPU cores, no GPU. {versions()}.
 
 Binormal scores with a known AUROC of {AUROC}, of {WORSE} in a worse group and of {SECOND} for a second predictor; \
 prevalence {PREVALENCE}; one image a patient, or four with an intra-class correlation of {ICC}, both of the scores and \
