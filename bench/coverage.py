@@ -10,7 +10,7 @@ Coverage is of all samples that have an interval, those that a report would flag
 
 Work is done in parts of 250 samples, all cells in turn. With `--parts FILE` each finished part becomes a line of JSON
 there, and the same command goes on where it was cut off; delete the file when a method has changed.
-`--markdown FILE` writes the record, tables and sentences. The default takes about an hour and a half of one core.
+`--markdown FILE` writes the record, tables and sentences. The default takes some 40 minutes of one core.
 """
 
 from __future__ import annotations
