@@ -2,14 +2,14 @@
 
 import csv
 import math
-import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-import torch.distributed as dist
 
 from agglom import audit, report, stream
 from agglom.core.metrics import METRICS, THRESHOLDED
@@ -171,26 +171,27 @@ def test_files_that_cannot_be_streamed(tmp_path):
             stream.main(path, manifest, None, [], tmp_path / "out")
 
 
-def half(rank, folder, columns):
-    """One of two processes: its half of the rows, then the sum of both."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    packed = ScoreHistogram.empty(3, 64).update(*(x[rank::2] for x in columns)).pack()
-    dist.all_reduce(packed)
-    torch.save(packed, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+HALF = """
+import sys, torch
+from torch import distributed as dist
+from agglom.core.streaming import ScoreHistogram
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+columns = torch.load(f"{folder}/columns.pt")
+packed = ScoreHistogram.empty(3, 64).update(*(x[rank::2] for x in columns)).pack()
+dist.all_reduce(packed)
+torch.save(packed, f"{folder}/{rank}.pt")
+dist.destroy_process_group()
+"""
 
 
 def test_two_processes_add_up_to_the_whole_in_one_all_reduce(tmp_path):
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(0, 2, (501,), generator=generator)
     columns = y, torch.rand(501, generator=generator, dtype=torch.float64), y.roll(1) + 1 - y
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=half, args=(rank, tmp_path, columns)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    torch.save(columns, tmp_path / "columns.pt")
+    processes = [subprocess.Popen([sys.executable, "-c", HALF, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
     empty = ScoreHistogram.empty(3, 64)
     whole = empty.update(*columns)
     for rank in range(2):
