@@ -64,7 +64,10 @@ def _paired(found: Comparison) -> str:
     for label, mine in _by(lines, "label"):
         cells = [_PAIRED_HEAD, *(cell for _, pairs in _by(mine, "place") for cell in _pairs(pairs, found))]
         told += ["", label, *report.aligned(cells if adjusted else [cell[:-1] for cell in cells])]
-    told += ["", "Where an interval contains 0, these patients cannot tell."]
+    told += [
+        "",
+        f"Where an interval contains 0{', or p is .05 or more' if adjusted else ''}, these patients cannot tell.",
+    ]
     return "\n".join([*told, *([_HOLM] if adjusted else [])])
 
 

@@ -114,21 +114,27 @@ def gap_notes(row: Row | None) -> list[str]:
 
 
 def verdict(row: Row | None) -> str:
-    """What a paired difference allows to say: better | worse | cannot tell | too few to judge | undefined."""
+    """What a paired difference allows to say: better | worse | cannot tell | too few to judge | undefined.
+
+    A claim on a single group is adjusted for the groups of its attribute: the interval must leave 0 out, and Holm's
+    p-value, where there is one, must be below .05.
+    """
     if row is None or None in (row["value"], row["lo"], row["hi"]):
         return "undefined"
     if row["weak"]:
         return "too few to judge"
+    if row["p_holm"] is not None and row["p_holm"] >= RARE:
+        return "cannot tell"
     return "better" if row["lo"] > 0 else "worse" if row["hi"] < 0 else "cannot tell"
 
 
 # ── The finding ──
 
 _CONCLUSIONS = {
-    "better": ("It scores better there than its best teacher, {}.", "lies above 0: there the student scores better"),
-    "worse": ("It scores worse there than its best teacher, {}.", "lies below 0: there the student scores worse"),
+    "better": ("It scores better there than {}.", "lies above 0: there the student scores better"),
+    "worse": ("It scores worse there than {}.", "lies below 0: there the student scores worse"),
     "cannot tell": (
-        "Whether it is as good there as its best teacher, {}, these patients cannot tell.",
+        "Whether it is as good there as {}, these patients cannot tell.",
         "contains 0: from these patients we cannot tell whether the student is better or worse",
     ),
 }
@@ -143,7 +149,9 @@ def label_finding(reading: Reading, label: str) -> tuple[str, str]:
     groups = [place for place in judged if place != OVERALL]
     if groups:
         worst = min(groups, key=lambda place: judged[place]["value"])
-        lead = f"For “{label}”, {_lowest(reading, label) if reading.is_audit else _scores([who], reading, worst)}."
+        alike = len({judged[place]["value"] for place in groups}) == 1 < len(groups)
+        told = f"{who} scores the same in every group" if alike else _scores([who], reading, worst)
+        lead = f"For “{label}”, {_lowest(reading, label) if reading.is_audit else told}."
         said = [f"There {who} reaches {measure} {estimate(judged[worst])}"]
         said[-1] += f"; over all patients, {estimate(judged[OVERALL])}." if OVERALL in judged else "."
     elif OVERALL in judged:
@@ -151,15 +159,25 @@ def label_finding(reading: Reading, label: str) -> tuple[str, str]:
         lead = f"For “{label}”, no group has enough patients for a finding."
         said = [f"Over all patients, {who} reaches {measure} {estimate(judged[worst])}."]
     else:
-        lead = f"For “{label}”, there are too few patients for a finding."
+        alike = all(row["status"] == "single_class" for row in rows.values() if row and row["n"])
+        reason = (
+            "only one outcome occurs, so there is no finding" if alike else "there are too few patients for a finding"
+        )
+        lead = f"For “{label}”, {reason}."
         return lead, "The numbers below are shown for completeness; nothing follows from them."
     best = reading.best_teacher(label, worst)
     pair = reading.level(label, f"student - teacher/{best}", worst)
-    if verdict(pair) in _CONCLUSIONS:
+    if pair and verdict(pair) in _CONCLUSIONS:
         short, long = _CONCLUSIONS[verdict(pair)]
-        lead += f" {short.format(best)}" if groups else ""
+        if verdict(pair) == "cannot tell" and not pair["lo"] <= 0 <= pair["hi"]:
+            long = (
+                f"leaves 0 out, but several groups are tested, and allowing for that ({p_value(pair['p_holm'], 'p')}) "
+                "we cannot tell whether the student is better or worse"
+            )
+        chosen = f"{best}, the best teacher{' there' if groups else ''} on validation patients"
+        lead += f" {short.format(chosen)}" if groups else ""
         reaches = estimate(reading.level(label, f"teacher/{best}", worst))
-        said.append(f"The best teacher there, {best}, reaches {reaches}.")
+        said.append(f"{best} reaches {reaches}.")
         said.append(f"Student minus teacher is {estimate(pair, signed=True)}; this interval {long}.")
     for one in [] if reading.teachers else reading.pairs(label):
         pair = reading.level(label, one.predictor, worst)
@@ -187,12 +205,18 @@ def _lowest(reading: Reading, label: str) -> str:
         rows = {place: reading.level(label, name, place) for place in reading.places}
         levels = {place: row["value"] for place, row in rows.items() if place[0] and row and not row["weak"]}
         if levels:
-            found.setdefault(min(levels, key=levels.__getitem__), []).append(name)
-    return ", ".join(_scores(names, reading, place) for place, names in found.items())
+            alike = len(set(levels.values())) == 1 < len(levels)
+            found.setdefault(OVERALL if alike else min(levels, key=levels.__getitem__), []).append(name)
+    return ", ".join(
+        _scores(names, reading, place)
+        if place != OVERALL
+        else f"{listed(names)} score{'s' if len(names) == 1 else ''} the same in every group"
+        for place, names in found.items()
+    )
 
 
 def tally(reading: Reading) -> str:
-    """In how many groups the student is worse, better, or cannot be told from the best teacher there.
+    """In how many groups the student is worse, better, or cannot be told from the teacher that validation chose there.
 
     Without teachers the same for each pair of predictors.
     """
@@ -200,7 +224,9 @@ def tally(reading: Reading) -> str:
     if reading.teachers:
         rivals = [(label, place, reading.best_teacher(label, place)) for label, place in cells]
         rows = [reading.level(label, f"student - teacher/{best}", place) for label, place, best in rivals]
-        return _counted(reading, "Against the best teacher of each group, the student", rows)
+        return _counted(
+            reading, "Against the best teacher of each group, chosen on validation patients, the student", rows
+        )
     told = []
     for one in reading.pairs(""):
         name, other = one.predictor.split(" - ", 1)

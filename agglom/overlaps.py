@@ -78,6 +78,7 @@ def _match(path: Path, arrays: Mapping[str, np.ndarray], manifest: Manifest) -> 
     notes = []
     for label, keys in series.items():
         truth = _masks(arrays, keys.pop("truth"), None, len(images), problems)
+        problems.throw()
         found = {name: _overlap(truth, _masks(arrays, key, truth, len(images), problems)) for name, key in keys.items()}
         problems.throw()
         values[label] = {metric: {name: by[metric][order] for name, by in found.items()} for metric in METRICS}
@@ -98,9 +99,9 @@ def _series(names: list[str], problems: Problems) -> dict[str, dict[str, str]]:
         problems.add(f"no array 'image' with the names of the images. The file has: {', '.join(names) or 'nothing'}")
     found: dict[str, dict[str, str]] = {}
     for key in names:
-        predictor, _, label = key.rpartition(":") if ":" in key else (key, "", LABEL)
+        predictor, _, label = key.partition(":")
         if key != "image":
-            found.setdefault(label, {})[predictor] = key
+            found.setdefault(label or LABEL, {})[predictor] = key
     predictors = {name for by_predictor in found.values() for name in by_predictor} - {"truth"}
     for label, by_predictor in found.items():
         if "truth" not in by_predictor:

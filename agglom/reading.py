@@ -69,7 +69,8 @@ class Reading:
     Rows gain `weak` (no finding may be drawn) and `why` (the reason, in words). The readout of rates at the threshold
     of a group is `OWN`. `places` are everybody, then the groups, in the order of the rows; `labels` and `teachers`
     likewise, a label of several classes before those of its classes. `given`: the scores are somebody's, not a
-    probe's. `studies`: the rows of `STUDIES`, which no cell holds.
+    probe's. `studies`: the rows of `STUDIES`, which no cell holds. `validated`: the main metric of each teacher on
+    validation patients, by label and place.
     """
 
     split: str
@@ -78,6 +79,7 @@ class Reading:
     given: bool = False
     studies: tuple[Row, ...] = ()
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    validated: Mapping[tuple[str, Place], Mapping[str, float]] = field(default_factory=dict)
 
     @cached_property
     def places(self) -> list[Place]:
@@ -206,8 +208,9 @@ class Reading:
         return f"{place[0].replace('*', ' × ')}{group}{made}"
 
     def best_teacher(self, label: str, place: Place) -> str | None:
-        rows = {name: self.level(label, f"teacher/{name}", place) for name in self.teachers}
-        values = {name: row["value"] for name, row in rows.items() if row and row["value"] is not None}
+        """The teacher that validation patients put first: of the group, or of everybody where it has none of them.
+        The patients that the report speaks of have no say, or the best would be best by luck."""
+        values = self.validated.get((label, place)) or self.validated.get((label, OVERALL), {})
         return max(values, key=values.__getitem__, default=None)
 
 
@@ -216,13 +219,21 @@ def read(rows: Iterable[Row], context: Mapping[str, Any]) -> Reading:
     rows = list(rows)
     splits = {row["split"] for row in rows}
     split = context.get("split") or ("test" if "test" in splits else "val")
+    prior = "val" if "val" in splits else split
     support, classes = context.get("min_support") or 0, context.get("classes", {})
     # The words and figures speak of one readout; scores that somebody gave stand where a probe's would.
     readouts = {row["readout"] for row in rows if row["metric"] in MAIN}
     given = bool(readouts) and not readouts & {"linear", "knn"}
     stand_in = "scores" if "scores" in readouts else "zeroshot"
     cells, studies = {}, []
+    validated: dict[tuple[str, Place], dict[str, float]] = {}
     for row in rows:
+        readout = "linear" if given and row["readout"] == stand_in else row["readout"]
+        place = (row["attribute"] or "", row["group"] or "not annotated")
+        if row["split"] == prior and row["metric"] in MAIN and readout == "linear" and row["value"] is not None:
+            teacher = row["predictor"].removeprefix("teacher/")
+            if teacher != row["predictor"]:
+                validated.setdefault((row["label"], place), {})[teacher] = row["value"]
         if row["split"] == split:
             few = row["n_patients"] is not None and row["n_patients"] < support
             why = _reason(row, classes) or (FEW if few else "")
@@ -231,14 +242,12 @@ def read(rows: Iterable[Row], context: Mapping[str, Any]) -> Reading:
                 studies.append(row)
                 continue
             subject = row["target"] if row["metric"].startswith("fvu") else row["label"]
-            readout = "linear" if given and row["readout"] == stand_in else row["readout"]
             if row["rule"] == "group":
                 row |= {"weak": bool(row["note"] or why), "why": row["note"] or why}
                 readout = readout.replace("linear", OWN)
             key = ((row["metric"], readout), (subject or "", row["predictor"]))
-            place = (row["attribute"] or "", row["group"] or "not annotated")
             cells[*key, place] = row
-    return Reading(split, cells, tuple(context.get("simulated", ())), given, tuple(studies), classes)
+    return Reading(split, cells, tuple(context.get("simulated", ())), given, tuple(studies), classes, validated)
 
 
 def _reason(row: Row, classes: Mapping[str, Any]) -> str:
@@ -248,6 +257,8 @@ def _reason(row: Row, classes: Mapping[str, Any]) -> str:
             return FEW
         if row["metric"] == "leakage":
             return f"{FEW} of the group" if row["status"] == "below_min_pos" else "too few other patients"
+        if row["metric"] == "holdout_auroc":
+            return f"{FEW} of an outcome, here or in the fit ({row['note']})"
         if row["label"] in classes:
             return f"{FEW} of a class"
     return STATUSES[row["status"]]

@@ -189,6 +189,11 @@ def _section(
         "tradeoffs": figures.tradeoffs(reading, past, label),
         "curves": figures.curves(reading, label),
         "operating": figures.operating(reading, label, given),
+        "nulled": any(
+            (row := reading.level(label, one.predictor, place, "gap")) and row["null_hi"] is not None
+            for one in models
+            for place in attributes
+        ),
         "spreads": spread({f"{main[0]}_{summary}": name.format(measure) for summary, name in SPREADS.items()}),
         "criteria": spread(CRITERIA),
         "rates": table(RATES, reading.places),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agglom import report, scores
+from agglom import overlaps, report, scores
 from agglom.config import Data, Evaluate
 from agglom.core import metrics, multiclass
 from agglom.core.metrics import METRICS, THRESHOLDED, Estimate
@@ -28,7 +28,7 @@ from agglom.scores import Scores
 
 # Of the other readouts of a label only AUROC is reported: they are a second look, not a second report.
 MAIN = ("linear", "zeroshot", scores.READOUT)
-TESTED = frozenset({"auroc", *THRESHOLDED})
+TESTED = frozenset({"auroc", *THRESHOLDED, *overlaps.METRICS})
 
 
 @dataclass(frozen=True)

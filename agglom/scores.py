@@ -213,7 +213,7 @@ def _long(table: pa.Table, problems: Problems) -> Table:
 def _wide(table: pa.Table, problems: Problems) -> Table:
     """An empty cell is no score: `match` tells where one is due."""
     columns = [name for name in table.column_names if name != "image"]
-    parts = [name.rpartition(":") if ":" in name else (name, "", "") for name in columns]
+    parts = [name.partition(":") for name in columns]
     for name, (predictor, colon, label) in zip(columns, parts, strict=True):
         if not predictor or (colon and not label):
             problems.add(f"column '{name}' is not named predictor or predictor:label. Rename it")

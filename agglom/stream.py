@@ -30,7 +30,7 @@ from agglom.core.metrics import METRICS, THRESHOLDED, Estimate
 from agglom.core.streaming import Bounded, ScoreHistogram
 from agglom.data import manifest as manifests
 from agglom.data.manifest import Manifest, View
-from agglom.data.tables import Problems, first_line
+from agglom.data.tables import Problems, first_line, without_index
 from agglom.errors import DataError
 from agglom.reading import Row
 from agglom.report import GroupReport
@@ -304,7 +304,7 @@ def _parts(path: Path) -> Iterator[Table]:
             stop = start + batch.num_rows
             legend = f"data rows counted from 1; rows after {stop:,} were not read"
             problems = Problems(path, "row", legend, np.arange(start + 1, stop + 1))
-            yield scores.parse(pa.Table.from_batches([batch]), problems)
+            yield scores.parse(without_index(pa.Table.from_batches([batch])), problems)
             start = stop
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({first_line(error)}). Write it again") from error

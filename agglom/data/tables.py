@@ -21,6 +21,7 @@ import pyarrow as pa
 from agglom.errors import DataError
 
 SHOWN = 5
+FOREIGN = {b"PK\x03\x04": "a spreadsheet or a zip archive", b"\x1f\x8b": "compressed"}
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -79,6 +80,11 @@ def read(path: Path, noun: str, remedy: str) -> File:
     return File(raw, table, Problems(path, *_numbering(path, raw, table.num_rows)))
 
 
+def without_index(table: pa.Table) -> pa.Table:
+    """Without what pandas adds to a Parquet file that it writes of some rows of a table: their numbers."""
+    return table.drop_columns([name for name in table.column_names if name.startswith("__index_level_")])
+
+
 def text(column: pa.ChunkedArray) -> list[str]:
     """The cells as text without surrounding blanks, "" where nothing is known. Raises pa.ArrowException."""
     if pa.types.is_dictionary(column.type):
@@ -126,8 +132,13 @@ def _bytes(path: Path, noun: str, remedy: str) -> bytes:
         near = difflib.get_close_matches(path.name, _names(path.parent), n=1)
         hint = f"; did you mean '{path.parent / near[0]}'?" if near else "."
         raise DataError(f"{path}: {noun} does not exist{hint} {remedy}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path}: {noun} is a folder; name the file. {remedy}") from None
     except OSError as error:
         raise DataError(f"{path}: {noun} cannot be read ({error.strerror}). Check its permissions") from error
+    for start, kind in FOREIGN.items():
+        if raw.startswith(start):
+            raise DataError(f"{path}: {noun} is {kind}; write it as CSV or Parquet")
     if not raw.strip():
         raise DataError(f"{path}: {noun} is empty. It needs a header and rows")
     return raw
@@ -150,7 +161,7 @@ def _parquet(path: Path, raw: bytes) -> pa.Table:
 
     try:
         # Not read_table: it imports pandas, two seconds.
-        return pyarrow.parquet.ParquetFile(pa.BufferReader(raw)).read()
+        return without_index(pyarrow.parquet.ParquetFile(pa.BufferReader(raw)).read())
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({first_line(error)}). Write it again") from error
 
@@ -167,6 +178,8 @@ def _csv(path: Path, raw: bytes) -> pa.Table:
     try:
         # Arrow guesses the type of each column that is not named beforehand: "007" would become 7.
         header = next(csv.reader(io.TextIOWrapper(io.BytesIO(raw), "utf-8-sig", newline="")))
+        if len(header) == 1 and ";" in header[0]:
+            raise DataError(f"{path}: its columns are separated by semicolons; write it with commas, and 0.5, not 0,5")
         table = arrow.read_csv(
             pa.BufferReader(raw),
             # One thread, or the row numbers of ragged rows are not known.

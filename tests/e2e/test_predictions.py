@@ -131,7 +131,8 @@ def test_all_forms_of_the_same_scores(desk):
     assert desk.run(out="parquet")["rows"] == expected["rows"]
     wide = {"image": [row["image"] for row in desk.rows[TRAIN:]]}
     wide |= {f"{name}:even": score[TRAIN:] for name, score in desk.scores.items()}
-    pq.write_table(pa.table(wide), desk.predictions)
+    # pandas adds the numbers of the rows, where it writes some of a table.
+    pq.write_table(pa.table(wide | {"__index_level_0__": list(range(TRAIN, len(desk.rows)))}), desk.predictions)
     assert desk.run(out="wide")["rows"] == expected["rows"]
 
 
@@ -226,6 +227,7 @@ def test_masks(desk, masks):
         assert row["value"] == 1
         (row,) = select(rows, predictor="shifted - exact", metric=metric, **place)
         assert row["hi"] < 0
+        assert row["p_value"] <= row["p_holm"] < 0.05
     (row,) = select(rows, predictor="shifted", metric="dice_gap", attribute="hand", split="test")
     assert (row["status"], row["group"]) == ("ok", "all")
     text = (desk.folder / "out" / "report.md").read_text()
@@ -343,6 +345,21 @@ WRONG = {
     "unknown split": (listed(put(0, split="dev")), 4, "unknown split values: 1 row"),
     "image twice": (listed(put(0, image="images/0001.png")), 4, "duplicate image rows: 1 row"),
     "no scores": (gone("s.csv"), 4, "s.csv: the table of scores does not exist"),
+    "semicolons": (
+        lambda desk: desk.predictions.write_text(desk.predictions.read_text().replace(",", ";")),
+        4,
+        "s.csv: its columns are separated by semicolons; write it with commas",
+    ),
+    "a folder": (
+        lambda desk: [desk.predictions.unlink(), desk.predictions.mkdir()],
+        4,
+        "s.csv: the table of scores is a folder; name the file",
+    ),
+    "a spreadsheet": (
+        lambda desk: desk.predictions.write_bytes(b"PK\x03\x04 and so on"),
+        4,
+        "s.csv: the table of scores is a spreadsheet or a zip archive; write it as CSV or Parquet",
+    ),
     "no manifest": (gone("m.csv"), 4, "m.csv: the manifest does not exist; did you mean"),
 }
 

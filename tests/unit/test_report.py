@@ -361,6 +361,56 @@ def test_finding_claims_no_more_than_the_interval(tmp_path, shift, word, others)
     assert not re.search(others, text)
 
 
+def test_a_claim_on_a_group_is_adjusted_for_the_groups(tmp_path):
+    rows = [
+        one | ({"value": -0.2, "lo": -0.3, "hi": -0.1, "p_holm": 0.06} if " - " in one["predictor"] else {})
+        for one in make_rows()
+    ]
+    markdown, _ = render(tmp_path, rows)
+    assert "these patients cannot tell" in lead(markdown)
+    assert "leaves 0 out, but several groups are tested, and allowing for that (p = 0.060) we cannot tell" in markdown
+    assert "the student cannot be told to be better or worse in" in markdown
+    adjusted = [one | ({"p_holm": 0.04} if " - " in one["predictor"] else {}) for one in rows]
+    assert "scores worse there" in lead(render(tmp_path, adjusted)[0])
+
+
+def test_the_best_teacher_is_chosen_on_validation_patients(tmp_path):
+    """The one that the headline's patients would choose had luck."""
+    rows = [one for one in make_rows() if not one["metric"].startswith("fvu")]
+    levels = {
+        one["predictor"]: one["value"]
+        for one in rows
+        if (one["metric"], one["readout"], one["attribute"], one["group"]) == ("auroc", "linear", "device", "B")
+        and one["predictor"].startswith("teacher/")
+    }
+    luckiest = max(levels, key=levels.__getitem__)
+    other = next(name for name in levels if name != luckiest)
+    prior = [
+        one | {"split": "val", "value": 0.99 if one["predictor"] == other else 0.5}
+        for one in rows
+        if one["metric"] == "auroc" and one["predictor"] in levels and one["value"] == one["value"]
+    ]
+    markdown, _ = render(tmp_path, rows + prior)
+    assert f"{other.removeprefix('teacher/')}, the best teacher there on validation patients" in markdown
+    assert f"{luckiest.removeprefix('teacher/')}, the best" not in markdown
+
+
+def test_one_outcome_everywhere(tmp_path):
+    rows = [one | {"status": "single_class", "value": None} for one in make_rows() if one["metric"] == "auroc"]
+    markdown, _ = render(tmp_path, rows, history=[])
+    assert lead(markdown) == "For “even”, only one outcome occurs, so there is no finding."
+
+
+def test_equal_groups_have_no_lowest(tmp_path):
+    rows = [
+        one
+        | ({"value": 0.9, "lo": 0.8, "hi": 0.95} if one["metric"] == "auroc" and " - " not in one["predictor"] else {})
+        for one in make_rows()
+        if one["group"] not in ("M|AP", "M|PA")
+    ]
+    assert lead(render(tmp_path, rows)[0]).startswith("For “even”, the student scores the same in every group.")
+
+
 def test_finding_is_drawn_from_groups_with_support_only(tmp_path):
     markdown, page = render(tmp_path, make_rows())
     assert "scores lowest in device B (simulated)" in lead(markdown)

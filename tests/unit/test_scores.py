@@ -332,3 +332,15 @@ def test_broken_files(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         scores.read(path)
+
+
+def test_a_class_may_hold_a_colon(lab):
+    """A wide column is parted at the first one."""
+    text = MANIFEST.replace("sick,hurt", "sick,kind").replace(",0,1\n", ",0,x: y\n").replace(",1,0\n", ",1,z\n")
+    (lab.folder / "m.csv").write_text(text.replace(",0,0\n", ",0,z\n"))
+    data = Data(manifest="m.csv", labels=("kind=x: y",))
+    manifest = manifests.load(data, lab.folder, check_files=False)
+    table = pa.table({"image": list(HELD), "net:kind=x: y": [0.1, 0.2, None, 0.4, 0.5, 0.6]})
+    pq.write_table(table, lab.folder / "s.parquet")
+    found = scores.load(lab.folder / "s.parquet", manifest, data.labels)
+    assert (found.predictors, found.labels) == (("net",), ("kind=x: y",))
