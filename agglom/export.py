@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,22 +22,16 @@ from agglom.assemble import Run, assemble
 from agglom.config import Job
 from agglom.core import normalise
 from agglom.core.heads import Distiller, Head
-from agglom.core.types import Dims, Student
+from agglom.core.types import Student
 from agglom.engine import launched
 from agglom.errors import DataError
+from agglom.exported import CONFIG, HEADS, OWN, WEIGHTS, load
 from agglom.journal import disk
 from agglom.runtime import StopRequest
 from agglom.survey import survey
 from agglom.targets import Normaliser, input_size
 
-WEIGHTS, HEADS, SAMPLE, CONFIG, CARD = (
-    "model.safetensors",
-    "heads.safetensors",
-    "sample.safetensors",
-    "config.json",
-    "README.md",
-)
-OWN = "student.py"  # the plug-in of a student of the user's own travels along
+SAMPLE, CARD = "sample.safetensors", "README.md"
 TOLERANCE = 1e-5
 
 
@@ -85,26 +78,6 @@ def write(
         (folder / CONFIG).write_text(json.dumps(_config(run, student), indent=1) + "\n")
         (folder / CARD).write_text(_card(run, student), encoding="utf-8")
     say(_verify_afresh(folder))
-
-
-def load(folder: Path) -> Distiller:
-    """The exported student with its heads: `model(pixels in [0, 1]) -> (Features, {teacher: raw Features})`.
-
-    Raises DataError where a file is missing or does not fit.
-    """
-    try:
-        stored = json.loads((folder / CONFIG).read_text())["agglom"]
-        weights, heads = load_file(folder / WEIGHTS), load_file(folder / HEADS)
-        kind = stored["student"]["kind"]
-        kind = str(folder / kind) if kind.endswith(".py") else kind
-        student = plugins.build(kind, "students", stored["student"]["options"])
-        student.backbone.load_state_dict(weights)
-        targets = {name: Dims(**dims) for name, dims in stored["heads"]["targets"].items()}
-        model = Distiller(student.module, student.dims, targets, stored["heads"]["hidden"], stored["heads"]["depth"])
-        model.heads.load_state_dict(heads)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{folder}: not an export of agglom ({error}); write it again with `agglom export`") from error
-    return model.eval()
 
 
 def verify(folder: Path) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from agglom import export, plugins
+from agglom import export, exported, plugins
 from agglom.errors import DataError
 
 STUDENTS = {
@@ -76,7 +76,7 @@ def test_a_student_becomes_a_teacher(exports, name):
 def test_heads_predict_raw_features(exports):
     """The normaliser is folded in: predictions have the width and, after all, about the mean of the teacher."""
     folder = exports["transformer"]
-    model = export.load(folder)
+    model = exported.load(folder)
     sample = load_file(folder / "sample.safetensors")
     with torch.no_grad():
         trunk, predicted = model(sample["pixels"])
@@ -97,7 +97,7 @@ def test_heads_predict_raw_features(exports):
 def test_the_card_speaks_of_licences_and_loading(exports):
     text = (exports["transformer"] / "README.md").read_text()
     assert 'timm.create_model("local-dir:.", pretrained=True)' in text
-    assert "agglom.export.load" in text
+    assert "agglom.exported.load" in text
     for name in ("one", "two", "fair"):
         assert f"| {name} | none | " in text
 
@@ -112,13 +112,13 @@ def test_altered_weights_are_found(folder):
 def test_an_incomplete_export_is_no_export(folder, name):
     (folder / name).unlink()
     with pytest.raises(DataError, match=rf"not an export of agglom .*{re.escape(name)}.*agglom export"):
-        export.load(folder)
+        exported.load(folder)
 
 
 def test_a_broken_file_is_no_export(folder):
     (folder / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(DataError, match="not an export of agglom"):
-        export.load(folder)
+        exported.load(folder)
 
 
 def test_what_does_not_reload_is_an_error(tmp_path, monkeypatch):

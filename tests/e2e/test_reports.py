@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from agglom import cli, export, plugins, probes, report
+from agglom import cli, exported, plugins, probes, report
 from agglom.core.metrics import METRICS, THRESHOLDED
 from agglom.data import readers
 from agglom.report import COLUMNS
@@ -180,7 +180,7 @@ def test_variance_unexplained_by_hand(lab, labelled, images):
     pixels = torch.stack([torch.from_numpy(readers.read(images / row["image"])) for row in table])
     split = np.array([row["split"] for row in table])
     device = np.array([row["device"] for row in table])
-    model = export.load(labelled / "export")
+    model = exported.load(labelled / "export")
     with torch.no_grad():
         _, predicted = model(pixels)
     for name in ("one", "two"):
