@@ -123,7 +123,7 @@ class Loss(Section):
     patches: Literal["mse", "cosine", "smooth_l1", "hybrid", "unic", "relational"] = "mse"
     summary_weight: Weight = 1.0
     patches_weight: Weight = 1.0
-    normaliser: Literal["phi_s", "standardise", "whiten", "none"] = "phi_s"
+    normaliser: Literal["phi_s", "global_std", "standardise", "whiten", "none"] = "phi_s"
     fit_images: Annotated[int, Ge(2)] = 3000
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from agglom.core.hadamard import hadamard, rotation_equal_variance
 from agglom.core.losses import angle
 
+KINDS = ("phi_s", "global_std", "standardise", "whiten", "none")
 # Eigenvalues below this share of the largest are noise of float32 features: whitening does not amplify them further.
 WHITEN_FLOOR = 1e-8
 
@@ -73,6 +74,7 @@ def fit(kind: str, moments: Moments, seed: int = 0) -> Affine:
     """Fit the normaliser `kind` to the moments of a teacher's features.
 
     - phi_s: α·H·Uᵀ(y − μ), α = (mean Λ)^−½: a rotation and one scale, variance 1 in every dimension (arXiv 2410.01680).
+    - global_std: (y − μ)/σ with one σ, (mean Λ)^½: PHI-S without its rotation (the ablation of arXiv 2410.01680).
     - standardise: (y − μ)/σ per dimension (UNIC); a constant dimension is centred only.
     - whiten: Λ^−½·Uᵀ(y − μ), eigenvalues floored at WHITEN_FLOOR of the largest.
     - none: the identity.
@@ -80,8 +82,8 @@ def fit(kind: str, moments: Moments, seed: int = 0) -> Affine:
     `seed` matters to phi_s of a width that has no Hadamard matrix. Variances are over `count`, not count − 1.
     Raises ValueError for an unknown kind, fewer than two samples, or features that are constant or not finite.
     """
-    if kind not in ("phi_s", "standardise", "whiten", "none"):
-        raise ValueError(f"normaliser {kind!r} is not one of phi_s, standardise, whiten, none")
+    if kind not in KINDS:
+        raise ValueError(f"normaliser {kind!r} is not one of {', '.join(KINDS)}")
     width = len(moments.mean_D)
     identity_DD = torch.eye(width, dtype=torch.float64, device=moments.mean_D.device)
     if kind == "none":
@@ -94,6 +96,9 @@ def fit(kind: str, moments: Moments, seed: int = 0) -> Affine:
     noise = torch.finfo(torch.float64).eps * (moments.mean_D.square().mean() + variance_D.mean())
     if not variance_D.mean() > noise:
         raise ValueError(f"normaliser {kind!r}: the features are constant or not finite over {moments.count} samples")
+    if kind == "global_std":
+        scale = variance_D.mean().sqrt()
+        return _as_float32(moments.mean_D, identity_DD / scale, identity_DD * scale)
     if kind == "standardise":
         scale_D = torch.where(variance_D > noise, variance_D, 1.0).sqrt()
         return _as_float32(moments.mean_D, torch.diag(1 / scale_D), torch.diag(scale_D))

@@ -8,7 +8,7 @@ from torch import nn
 from agglom.core.losses import SUMMARY, mse
 from agglom.core.normalise import Moments, apply, cone, fit, fold, hadamard, invert, rotation_equal_variance
 
-KINDS = ("phi_s", "standardise", "whiten", "none")
+KINDS = ("phi_s", "global_std", "standardise", "whiten", "none")
 FOUND = (1, 2, 4, 8, 12, 20, 28, 36, 44, 64, 192, 384, 576, 768, 1024, 1152, 1280, 1408)
 
 
@@ -125,6 +125,12 @@ def test_phi_s_is_the_formula_of_the_paper():
     np.testing.assert_allclose(fit("phi_s", moments(x_ND)).matrix_DD, expected, atol=1e-5)
 
 
+def test_global_std_is_one_scale_for_all():
+    x_ND = samples(500, 10)
+    _, z_ND = fitted("global_std", x_ND)
+    np.testing.assert_allclose(z_ND, (x_ND - x_ND.mean(0)) / x_ND.var(0, correction=0).mean().sqrt(), atol=1e-4)
+
+
 def test_standardise_and_whiten():
     x_ND = samples(500, 10)
     _, z_ND = fitted("standardise", x_ND)
@@ -155,7 +161,7 @@ def test_none_changes_nothing():
     assert torch.equal(apply(affine, x_ND), x_ND)
 
 
-@pytest.mark.parametrize("kind", ["phi_s", "standardise", "whiten"])
+@pytest.mark.parametrize("kind", ["phi_s", "global_std", "standardise", "whiten"])
 def test_ill_posed_fits_are_refused(kind):
     with pytest.raises(ValueError, match="1 samples, expected at least 2"):
         fit(kind, moments(samples(1, 4)))
