@@ -31,7 +31,7 @@ from agglom.errors import DataError
 from agglom.overlaps import Overlaps
 from agglom.reading import Row, unique
 from agglom.report import GroupReport
-from agglom.samples import MAIN, TESTED, Binary, Sample, Settings
+from agglom.samples import MAIN, TESTED, Binary, Paired, Sample, Settings
 from agglom.scores import Scores
 
 LEVEL = 0.95
@@ -96,7 +96,7 @@ def overlap_rows(found: Overlaps, manifest: Manifest, groups: Sequence[str], set
             yield from _report(sample, views, dict.fromkeys(sample.predictors, math.nan), manifest)
 
 
-def _report(sample: Sample, views: Sequence[View], cuts: Mapping[str, float], manifest: Manifest) -> Iterator[Row]:
+def _report(sample: Paired, views: Sequence[View], cuts: Mapping[str, float], manifest: Manifest) -> Iterator[Row]:
     """The rows of one sample; the costly ones of the headline alone."""
     full = sample.readout in MAIN and sample.split == manifest.headline
     for view in views if len(sample) else ():
@@ -295,7 +295,7 @@ def _group_thresholds(sample: Binary, val: Binary, view: View) -> Iterator[Row]:
 # ── Differences between predictors ──
 
 
-def _differences(sample: Sample, view: View, cuts: Mapping[str, float], full: bool) -> Iterator[Row]:
+def _differences(sample: Paired, view: View, cuts: Mapping[str, float], full: bool) -> Iterator[Row]:
     members = sample.members(view)
     for names in pairs(list(cuts)):
         for metric in sample.metrics:

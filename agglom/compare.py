@@ -26,7 +26,7 @@ from agglom.report import REMEDY, GroupReport
 if TYPE_CHECKING:
     from agglom.core.metrics import Estimate
     from agglom.core.verdicts import FailOn, Verdict
-    from agglom.samples import Sample
+    from agglom.samples import Paired
 
 STUDENT = "student"
 LEVEL = 0.95
@@ -131,7 +131,7 @@ class Scored:
     context: Mapping[str, Any]
     manifest: Manifest
     rows_of: dict[Place, np.ndarray]
-    sample_of: dict[tuple[str, str], Sample]
+    sample_of: dict[tuple[str, str], Paired]
 
     @property
     def labels(self) -> list[str]:
@@ -285,7 +285,7 @@ def _scored(folder: Path, one: GroupReport, name: str, question: Question) -> Sc
     support, seed = one.context.get("min_support"), one.context.get("seed")
     settings = samples.Settings.of(job.data, job.evaluate, seed or 0)
     settings = replace(settings, min_patients=support) if support else settings
-    sample_of: dict[tuple[str, str], Sample] = {}
+    sample_of: dict[tuple[str, str], Paired] = {}
     for label in _labels(reading, question):
         members = [label] if label in labels else reading.members(label)
         scored = [set(found.of(question.readout, one)) for one in members if one in found.labels]

@@ -46,7 +46,10 @@ def load(path: Path, manifest: Manifest) -> Overlaps:
     with every problem of the file: its arrays, their names, shapes and values, and images that do not match.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        arrays = np.load(path, allow_pickle=False)
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with arrays:
             return _match(path, arrays, manifest)
     except FileNotFoundError:
         raise DataError(f"{path}: the masks do not exist. Name them with --predictions") from None

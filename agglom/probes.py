@@ -32,6 +32,7 @@ def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N:
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
 
     if len(np.unique(label_N[train_N])) < 2:
         return None
@@ -48,7 +49,7 @@ def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N:
             warnings.simplefilter("ignore", ConvergenceWarning)  # 200 steps from the last optimum are close enough
             model.fit(x_ND[train_N], label_N[train_N])
         found_N = model.predict_proba(x_ND)[:, 1]
-        loss = _log_loss(label_N[val_N], found_N[val_N]) if judged else 0.0
+        loss = log_loss(label_N[val_N], found_N[val_N], labels=[0, 1]) if judged else 0.0
         if loss < best:
             best, scores_N = loss, found_N
     return calibrated(scores_N, label_N, val_N)
@@ -106,12 +107,6 @@ def youden(scores_N: np.ndarray, truth_N: np.ndarray) -> float:
     rate = np.cumsum(truth)[last] / truth.sum() - np.cumsum(1 - truth)[last] / (1 - truth).sum()
     cut = last[int(np.argmax(rate))]
     return float(scores[cut] if cut + 1 == len(scores) else (scores[cut] + scores[cut + 1]) / 2)
-
-
-def _log_loss(label_N: np.ndarray, p_N: np.ndarray) -> float:
-    """scikit-learn's, whose checks take longer than a small fit."""
-    right_N = np.where(label_N == 1, p_N, 1 - p_N)
-    return -float(np.log(right_N.clip(np.finfo(right_N.dtype).eps)).mean())
 
 
 def _logit(p_N: np.ndarray) -> np.ndarray:

@@ -56,6 +56,8 @@ class Sample(ABC):
     place_M: np.ndarray
     settings: Settings
 
+    # The first of them is all that is reported of a second look.
+    measures: ClassVar[tuple[str, ...]] = METRICS
     # Where there is no threshold, there are no rates, no criteria of fairness, and no null of their gaps either.
     thresholded: ClassVar[bool] = False
     counted: ClassVar[bool] = True
@@ -64,9 +66,9 @@ class Sample(ABC):
         return len(self.patient_N)
 
     @property
-    @abstractmethod
     def metrics(self) -> tuple[str, ...]:
         """What is measured of it."""
+        return self.measures if self.readout in MAIN else self.measures[:1]
 
     @property
     @abstractmethod
@@ -76,12 +78,6 @@ class Sample(ABC):
     @abstractmethod
     def measured(self, metric: str, name: str, rows_X: Tensor, cut: float) -> Callable[[float], Estimate]:
         """The metric of one predictor in one group, as a function of the level of its interval."""
-
-    @abstractmethod
-    def difference(
-        self, metric: str, names: Sequence[str], rows_X: Tensor, cuts: Sequence[float], level: float
-    ) -> tuple[Estimate, Callable[[], float]]:
-        """The metric of the first predictor minus that of the second in one group, and what finds its p-value."""
 
     @property
     def everybody(self) -> Tensor:
@@ -104,17 +100,24 @@ class Sample(ABC):
 
 
 @dataclass(frozen=True)
-class Binary(Sample):
+class Paired(Sample):
+    """A sample that knows which scores are of one image, so that predictors can be compared."""
+
+    @abstractmethod
+    def difference(
+        self, metric: str, names: Sequence[str], rows_X: Tensor, cuts: Sequence[float], level: float
+    ) -> tuple[Estimate, Callable[[], float]]:
+        """The metric of the first predictor minus that of the second in one group, and what finds its p-value."""
+
+
+@dataclass(frozen=True)
+class Binary(Paired):
     """Labels 0 and 1."""
 
     y_N: Tensor
     score_PN: dict[str, Tensor]
 
     thresholded: ClassVar[bool] = True
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return METRICS if self.readout in MAIN else ("auroc",)
 
     @property
     def predictors(self) -> list[str]:
@@ -140,17 +143,14 @@ class Binary(Sample):
 
 
 @dataclass(frozen=True)
-class Classes(Sample):
+class Classes(Paired):
     """Classes 0 … C − 1: averages over them, see `core.multiclass`."""
 
     class_N: Tensor
     score_PNC: dict[str, Tensor]
 
+    measures: ClassVar[tuple[str, ...]] = multiclass.METRICS
     counted: ClassVar[bool] = False
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return multiclass.METRICS if self.readout in MAIN else ("auroc",)
 
     @property
     def predictors(self) -> list[str]:
@@ -170,16 +170,13 @@ class Classes(Sample):
 
 
 @dataclass(frozen=True)
-class Masks(Sample):
+class Masks(Paired):
     """One overlap of predicted and true mask an image, by metric and predictor; NaN where both masks are empty."""
 
     value_PN: dict[str, dict[str, Tensor]]
 
+    measures: ClassVar[tuple[str, ...]] = overlaps.METRICS
     counted: ClassVar[bool] = False
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return tuple(self.value_PN)
 
     @property
     def predictors(self) -> list[str]:

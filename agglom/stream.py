@@ -26,7 +26,7 @@ from agglom import audit, config, report, scores
 from agglom.audit import LEVEL, SUMMARISED
 from agglom.core import influence, metrics
 from agglom.core.influence import Moments
-from agglom.core.metrics import METRICS, THRESHOLDED, Estimate
+from agglom.core.metrics import THRESHOLDED, Estimate
 from agglom.core.streaming import Bounded, ScoreHistogram
 from agglom.data import manifest as manifests
 from agglom.data.manifest import Manifest, View
@@ -34,7 +34,7 @@ from agglom.data.tables import Problems, first_line, without_index
 from agglom.errors import DataError
 from agglom.reading import Row
 from agglom.report import GroupReport
-from agglom.samples import MAIN, Sample, Settings
+from agglom.samples import Sample, Settings
 from agglom.scores import Table
 
 BATCH = 2**17  # rows of the file
@@ -169,10 +169,6 @@ class Binned(Sample):
     thresholded = True
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        return METRICS if self.readout in MAIN else ("auroc",)
-
-    @property
     def predictors(self) -> list[str]:
         return list(self.histograms)
 
@@ -228,11 +224,6 @@ class Binned(Sample):
             return Estimate(math.nan if blank else value, lo, hi, *counts, status, method)
 
         return at
-
-    def difference(
-        self, metric: str, names: Sequence[str], rows_X: Tensor, cuts: Sequence[float], level: float
-    ) -> tuple[Estimate, Callable[[], float]]:
-        raise NotImplementedError("a histogram of each predictor does not tell which scores are of one image")
 
 
 def _sample(

@@ -87,7 +87,7 @@ def interval(draws: Draws, level: float) -> Interval:
     above_R, below_R = curved_PR[0] - straight_PR[1:].sum(0), straight_PR[0] - curved_PR[1:].sum(0)
     lo = ece - float(above_R.quantile((1 + level) / 2))
     hi = ece - float(below_R.quantile((1 - level) / 2))
-    return value, max(0.0 if single else -1.0, lo), min(1.0, hi), "bootstrap-directional"
+    return value, max(0.0 if single else -1.0, lo), min(1.0, hi), "draws-directional"
 
 
 def _moves(sum_PIC: Tensor, size_I: Tensor, replicates: int, seed: int) -> tuple[Tensor, Tensor]:

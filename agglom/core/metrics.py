@@ -150,8 +150,8 @@ def evaluate(
       (AUROC of 1) or a class has one patient: Wilson's interval under the largest possible variance, θ(1−θ)/min(m, n)
       (Birnbaum and Klose 1957).
     - auprc: average precision, Σ (R_k − R_{k−1}) P_k over the distinct scores as thresholds; its influence function on
-      the logit scale with Student's t. Covers 93.5 to 97 % in simulations of 200 to 1,000 rows, prevalence .2, AUROC .8
-      and .95, one or four images a patient; it errs towards high values, by .016 at 40 positives, by .005 at 200.
+      the logit scale with Student's t. Covers 94 to 95 % in bench/results/coverage.md (AUROC .8, prevalence .3); it
+      errs towards high values, by .016 at 40 positives, by .005 at 200.
     - accuracy, tpr, fpr, ppv, npv, selection_rate: Wilson 1927 at the rows that the rate is conditional on divided by
       the design effect of the patients, never below 1. Rates of 0 and 1 say nothing of that effect: all images of a
       patient then count as one opinion (Kish 1965).
@@ -328,7 +328,7 @@ def paired(
     All but the two ECE: clustered variance of the difference of the influences (for AUROC the covariance of DeLong and
     Obuchowski), Student's t as above; the side towards which the influences are skewed is widened by the correction of
     Hall 1992 (J. R. Statist. Soc. B 54), the other is not narrowed. Where the two never differ: the bound of no event
-    among that many patients. ece: the directional bootstrap, both on the same draws; conservative, as it takes the
+    among that many patients. ece: the directional draws, both on the same ones; conservative, as it takes the
     least favourable side in every bin that may be calibrated.
     A one-sided 95 % bound is `lo` or `hi` at level .90. Raises ValueError as `evaluate` does.
     """

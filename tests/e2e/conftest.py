@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -229,3 +230,22 @@ def stop_at(monkeypatch):
         monkeypatch.setattr(Engine, "step", stepping)
 
     return arrange
+
+
+@pytest.fixture(scope="session")
+def browse():
+    """Runs Chromium on a page and returns its standard output. Its sandbox needs what a container lacks; the page is
+    ours."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium on PATH; install it: apt-get install chromium")
+
+    def run(page, *flags, size=(1280, 1600)):
+        command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        window = [f"--user-data-dir={page.parent / 'profile'}", f"--window-size={size[0]},{size[1]}"]
+        done = subprocess.run(
+            [*command, *window, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        )
+        return done.stdout
+
+    return run

@@ -14,7 +14,6 @@ from agglom import report, samples
 from agglom.core.metrics import Estimate
 from agglom.report import GroupReport
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WIDTH, HEIGHT = 1280, 1600
 NARROW, MIDDLE = 400, 1200
 SCHEMES = {"dark": 0, "light": 1}  # Blink's preferredColorScheme
@@ -35,10 +34,7 @@ FRAME = """<!doctype html><html><body>
 addEventListener("message", ({{data}}) => document.getElementById("found").textContent = JSON.stringify(data));
 </script></body></html>"""
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; install it: apt-get install chromium"),
-]
+pytestmark = pytest.mark.slow
 
 
 def rows():
@@ -86,18 +82,8 @@ def page(tmp_path_factory, studied):
     return folder / "full.html"
 
 
-def browse(page, *flags, width=WIDTH):
-    """Chromium's standard output. Its sandbox needs what a container lacks; the page is ours."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    window = [f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},{HEIGHT}"]
-    done = subprocess.run(
-        [*command, *window, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def rendered(page):
+def rendered(page, browse):
     """By width of the window, what the page says of itself: how far it is too wide, and the text that is shown."""
     source = page.read_text(encoding="utf-8")
     probed = re.sub(r"<meta http-equiv[^>]*>", "", source).replace("</body>", f"{PROBE}</body>")
@@ -111,7 +97,7 @@ def rendered(page):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_screenshot_is_not_blank(page, scheme):
+def test_screenshot_is_not_blank(page, browse, scheme):
     shot = page.with_name(f"{scheme}.png")
     browse(page, f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}", f"--screenshot={shot}")
     with Image.open(shot) as image:
@@ -168,7 +154,7 @@ def test_nothing_is_wider_than_the_window(rendered, width):
 
 
 @pytest.mark.skipif(shutil.which("pdftotext") is None, reason="no pdftotext on PATH: apt-get install poppler-utils")
-def test_print_parts_no_heading_from_what_it_heads(page):
+def test_print_parts_no_heading_from_what_it_heads(page, browse):
     path = page.with_name("page.pdf")
     browse(page, "--no-pdf-header-footer", f"--print-to-pdf={path}")
     text = subprocess.run(["pdftotext", "-layout", path, "-"], capture_output=True, text=True, check=True).stdout

@@ -2,8 +2,6 @@
 
 import html
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -12,8 +10,6 @@ from PIL import Image
 from agglom import comparison
 from agglom.compare import Comparison, Line, Question
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SIZE = (1280, 1600)
 SCHEMES = {"dark": 0, "light": 1}  # Blink's preferredColorScheme
 RUNS = {"uniform": "full", "balanced-by-group": "full"}
 PLACES = (("", "all"), *(("site", name) for name in ("Harbour", "North", "South")), ("sex*view", "F|AP"))
@@ -24,10 +20,7 @@ const cut = [...document.querySelectorAll("figure")].filter(one => one.scrollWid
 document.title = `over ${root.scrollWidth - root.clientWidth}, cut ${cut}`;
 </script>"""
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; install it: apt-get install chromium"),
-]
+pytestmark = pytest.mark.slow
 
 
 def lines():
@@ -67,18 +60,8 @@ def page(tmp_path_factory):
     return folder / "compare.html"
 
 
-def browse(page, *flags, size=SIZE):
-    """Chromium's standard output. Its sandbox needs what a container lacks; the page is ours."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    window = [f"--user-data-dir={page.parent / 'profile'}", f"--window-size={size[0]},{size[1]}"]
-    done = subprocess.run(
-        [*command, *window, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_screenshot_is_not_blank(page, scheme):
+def test_screenshot_is_not_blank(page, browse, scheme):
     shot = page.with_name(f"{scheme}.png")
     browse(page, f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}", f"--screenshot={shot}")
     with Image.open(shot) as image:
@@ -89,7 +72,7 @@ def test_screenshot_is_not_blank(page, scheme):
     assert all(part.mean() > 0.002 for part in np.array_split(inked, 4))
 
 
-def test_fits_the_window_and_cuts_no_figure(page):
+def test_fits_the_window_and_cuts_no_figure(page, browse):
     source = page.read_text(encoding="utf-8")
     copy = page.with_name("probed.html")
     copy.write_text(

@@ -210,6 +210,11 @@ def masks(desk):
     return arrays
 
 
+def one_array(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
 def test_masks(desk, masks):
     found = desk.run()
     rows, truth, shifted = found["rows"], masks["truth"], masks["shifted"]
@@ -256,8 +261,9 @@ def test_wrong_masks(desk, masks, capsys, change, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_file_that_holds_no_masks(desk, masks, capsys):
-    desk.predictions.write_text("image,truth")
+@pytest.mark.parametrize("write", [lambda path: path.write_text("image,truth"), lambda path: one_array(path)])
+def test_a_file_that_holds_no_masks(desk, masks, capsys, write):
+    write(desk.predictions)
     assert cli.main(desk.argv()) == 4
     assert "not a readable file of masks" in capsys.readouterr().err
 
