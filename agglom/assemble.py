@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from agglom import __version__, plan, plugins, zeroshot
-from agglom.config import Job
 from agglom.core import groups, losses
 from agglom.core.groups import GroupSpace
 from agglom.core.heads import Distiller
@@ -24,6 +23,7 @@ from agglom.data.dataset import CLEAN, ImageDataset
 from agglom.data.manifest import Manifest
 from agglom.data.sampler import loader
 from agglom.errors import CacheError, ConfigError, DataError, Interrupted, PluginError
+from agglom.job import Job
 from agglom.plan import Plan
 from agglom.runtime import StopRequest, World
 

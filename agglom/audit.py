@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from agglom import config, curves, overlaps, plan, probes, report, samples, scores
-from agglom.config import Data
 from agglom.core import disparity, metrics, resample
 from agglom.core.metrics import METRICS, THRESHOLDED, Across, Estimate
 from agglom.data import manifest as manifests
 from agglom.data import tables
 from agglom.data.manifest import Manifest, View
 from agglom.errors import DataError
+from agglom.job import Attribute, Data
 from agglom.overlaps import Overlaps
 from agglom.reading import Row, unique
 from agglom.report import GroupReport
@@ -407,7 +407,7 @@ def guess(path: Path, labels: Sequence[str]) -> tuple[dict[str, Any], list[str]]
     for name in unique(names):
         if name in used:
             continue
-        cells = set(tables.text(table.column(name))) - {"", *config.Attribute().missing}
+        cells = set(tables.text(table.column(name))) - {"", *Attribute().missing}
         numbers = [found for cell in cells if (found := tables.number(cell)) is not None]
         if len(numbers) == len(cells) > MOST_NUMBERS:
             every = [found for cell in tables.text(table.column(name)) if (found := tables.number(cell)) is not None]

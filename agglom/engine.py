@@ -24,9 +24,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from agglom import config
-from agglom.config import Job
 from agglom.core.types import Features
 from agglom.errors import ConfigError, DataError
+from agglom.job import Job
 from agglom.runtime import World
 
 LATEST = "latest"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from agglom import audit, curves, probes, report, scores, studies, zeroshot
 from agglom.assemble import Run, assemble, batches, build_distiller, build_student, check_identity, gathered
-from agglom.config import Job
 from agglom.core import losses, metrics, normalise
 from agglom.core.heads import Distiller, resample
 from agglom.core.types import Features, Student
 from agglom.engine import latest, launched, read_weights
 from agglom.errors import DataError
+from agglom.job import Job
 from agglom.probes import Readout
 from agglom.reading import Row
 from agglom.report import GroupReport

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from agglom import __version__, evaluate, plugins, report
 from agglom.assemble import Run, assemble
-from agglom.config import Job
 from agglom.core import normalise
 from agglom.core.heads import Distiller, Head
 from agglom.core.types import Student
 from agglom.engine import launched
 from agglom.errors import DataError
 from agglom.exported import CONFIG, HEADS, OWN, WEIGHTS, load
+from agglom.job import Job
 from agglom.journal import disk
 from agglom.runtime import StopRequest
 from agglom.survey import survey

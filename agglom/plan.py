@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from agglom import config
-from agglom.config import Job
 from agglom.errors import ConfigError
+from agglom.job import Job, duration
 
 if TYPE_CHECKING:
     from agglom.data.manifest import Manifest
@@ -79,8 +79,8 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
     stages: list[ResolvedStage] = []
     first_step = 0
     for index, stage in enumerate(job.stages):
-        steps = config.duration(stage.length, batch=batch, samples=samples)
-        warmup = config.duration(stage.warmup, batch=batch, samples=samples, total_steps=steps)
+        steps = duration(stage.length, batch=batch, samples=samples)
+        warmup = duration(stage.warmup, batch=batch, samples=samples, total_steps=steps)
         if warmup > steps:
             raise ConfigError(
                 f"stages[{index}].warmup: {stage.warmup!r} is {warmup} steps, longer than the stage "
@@ -92,7 +92,7 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
         first_step += steps
 
     def interval(text: str) -> int:
-        return max(1, config.duration(text, batch=batch, samples=samples, total_steps=first_step))
+        return max(1, duration(text, batch=batch, samples=samples, total_steps=first_step))
 
     return Plan(
         stages=tuple(stages),

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from agglom import overlaps, report, scores
-from agglom.config import Data, Evaluate
 from agglom.core import metrics, multiclass
 from agglom.core.metrics import METRICS, THRESHOLDED, Estimate
 from agglom.data.manifest import Manifest, View
+from agglom.job import Data, Evaluate
 from agglom.overlaps import Overlaps
 from agglom.reading import Row
 from agglom.scores import Scores
@@ -33,7 +33,7 @@ TESTED = frozenset({"auroc", *THRESHOLDED, *overlaps.METRICS})
 
 @dataclass(frozen=True)
 class Settings:
-    """What the measurement depends on besides the data; see `config.Data` and `config.Evaluate`."""
+    """What the measurement depends on besides the data; see `job.Data` and `job.Evaluate`."""
 
     min_patients: int
     replicates: int

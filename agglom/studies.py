@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from agglom import probes
-from agglom.config import Data, Evaluate
 from agglom.core import metrics
 from agglom.core.metrics import Across, Estimate
 from agglom.data.manifest import Manifest
+from agglom.job import Data, Evaluate
 from agglom.probes import Readout
 from agglom.reading import Row, unique
 from agglom.samples import Settings, row

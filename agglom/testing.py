@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from agglom import plugins
-from agglom.config import Job
 from agglom.core.tokens import Conditioner, flatten_map, freeze, weights_digest
 from agglom.core.types import Derived, Dims, Features, PixelSpec, Student, Teacher, Text
 from agglom.errors import PluginError
+from agglom.job import Job
 
 ATOL = 1e-4
 ROUNDING = 1e-5  # where memory lies decides how a kernel sums; dropout or a random crop is far above it

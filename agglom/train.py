@@ -15,7 +15,6 @@ from torch import Tensor
 
 from agglom import __version__, config, evaluate, export, plan, plugins, report, targets
 from agglom.assemble import IDENTITY, Run, assemble, build_distiller, build_student, check_identity
-from agglom.config import Job
 from agglom.core import groups, losses, schedule
 from agglom.core.balance import Cells
 from agglom.core.losses import Column
@@ -24,6 +23,7 @@ from agglom.data.dataset import ImageDataset
 from agglom.data.sampler import loader, stream
 from agglom.engine import Engine, latest, launched
 from agglom.errors import AgglomError, ConfigError, Interrupted, NumericsError
+from agglom.job import Job
 from agglom.journal import Journal, disk, duration
 from agglom.plan import ResolvedStage
 from agglom.runtime import StopRequest, Stopwatch, peak_memory_mib

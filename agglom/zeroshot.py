@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agglom import probes
-from agglom.config import Prompts
 from agglom.core.types import Teacher, Text
 from agglom.errors import ConfigError
+from agglom.job import Prompts
 from agglom.probes import Readout
 
 if TYPE_CHECKING:

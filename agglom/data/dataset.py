@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
-from agglom.config import Augment
 from agglom.core.types import Batch
 from agglom.data.manifest import Manifest
 from agglom.data.readers import decode
 from agglom.errors import DataError
+from agglom.job import Augment
 
 CLEAN = -1
 ASPECT = (3 / 4, 4 / 3)

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from agglom.config import Attribute, Data
 from agglom.data import tables
 from agglom.data.tables import Problems, did_you_mean, encode, number
+from agglom.job import Attribute, Data
 
 MISSING = "set data.manifest; a relative path starts at the folder of the configuration file"
 LABEL_VALUES = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": math.nan}

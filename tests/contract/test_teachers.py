@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from agglom import plugins, testing, zeroshot
-from agglom.config import Prompts
 from agglom.core.types import Dims, Features, Text
 from agglom.errors import PluginError
+from agglom.job import Prompts
 
 SMALL = {
     "hidden_size": 32,

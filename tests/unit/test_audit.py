@@ -11,11 +11,11 @@ from sklearn import metrics as sk
 
 from agglom import audit, probes, report
 from agglom.audit import Settings
-from agglom.config import Attribute, Data
 from agglom.core import disparity, metrics, resample
 from agglom.core.metrics import METRICS, THRESHOLDED
 from agglom.data import manifest as manifests
 from agglom.errors import DataError
+from agglom.job import Attribute, Data
 from agglom.scores import Scores
 
 SETTINGS = Settings(min_patients=5, replicates=50, permutations=20, seed=0)

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agglom import config
-from agglom.config import Attribute, Balance, Data, Job, Stage, StudentSpec, TeacherSpec
 from agglom.errors import ConfigError
+from agglom.job import Attribute, Balance, Data, Job, Optim, Stage, StudentSpec, TeacherSpec, duration
 
 ROOT = Path(config.__file__).parents[1]
 GOOD = """\
@@ -64,7 +64,7 @@ def test_load_gives_the_job_and_its_folder(good):
     assert job.data.manifest == str(good.parent / "table.csv")
     assert job.stages == (Stage(name="full", length="20 steps"),)
     assert job.data.attributes["age"] == Attribute(kind="continuous", bins=(50, 65))
-    assert job.optim == config.Optim()
+    assert job.optim == Optim()
 
 
 def test_scalars_are_those_of_yaml_1_2(write):
@@ -445,18 +445,18 @@ def test_load_of_dump_is_the_job(kind, tmp_path, data):
     ],
 )
 def test_duration(text, steps):
-    assert config.duration(text, batch=100, samples=1000, total_steps=1000) == steps
+    assert duration(text, batch=100, samples=1000, total_steps=1000) == steps
 
 
 @pytest.mark.parametrize("text", ["", "5", "steps", "-3 steps", "3 steps and more", "five steps", "3 %%"])
 def test_not_a_duration(text):
     with pytest.raises(ConfigError, match="is not a duration; write it as"):
-        config.duration(text, batch=1, samples=1)
+        duration(text, batch=1, samples=1)
 
 
 def test_a_share_needs_a_whole():
     with pytest.raises(ConfigError, match="share of nothing"):
-        config.duration("5%", batch=1, samples=1)
+        duration("5%", batch=1, samples=1)
 
 
 # ── DeepSpeed ──

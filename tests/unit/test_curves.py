@@ -8,8 +8,8 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from agglom import curves
-from agglom.config import Attribute, Data
 from agglom.data import manifest as manifests
+from agglom.job import Attribute, Data
 from agglom.samples import Settings
 from agglom.scores import Scores
 

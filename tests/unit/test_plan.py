@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from agglom import plan
-from agglom.config import Attribute, Balance, Data, Evaluate, Job, Log, Optim, Splits, Stage, StudentSpec, TeacherSpec
 from agglom.core import groups
 from agglom.data.manifest import Manifest
 from agglom.errors import ConfigError
+from agglom.job import Attribute, Balance, Data, Evaluate, Job, Log, Optim, Splits, Stage, StudentSpec, TeacherSpec
 
 SPLIT = ["train"] * 6 + ["val"] * 2 + ["test"] * 4
 SEX = ("F", "M", "F", None, "F", "M", "F", "M", "F", "F", None, "F")

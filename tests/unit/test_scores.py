@@ -11,9 +11,9 @@ import pytest
 from pyarrow import csv
 
 from agglom import scores
-from agglom.config import Data
 from agglom.data import manifest as manifests
 from agglom.errors import DataError
+from agglom.job import Data
 
 LABELS = ("sick", "hurt")
 MANIFEST = """\

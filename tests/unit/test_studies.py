@@ -12,9 +12,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from agglom import probes, studies
-from agglom.config import Attribute, Data, Evaluate
 from agglom.core import metrics
 from agglom.data import manifest as manifests
+from agglom.job import Attribute, Data, Evaluate
 from agglom.report import COLUMNS
 from agglom.samples import Settings
 

@@ -8,9 +8,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from agglom import config, zeroshot
-from agglom.config import Prompts
 from agglom.core.types import Dims, Text
 from agglom.errors import ConfigError
+from agglom.job import Prompts
 from agglom.scores import Scores
 
 BINARY = {"sick": Prompts(positive=("ill", "sick"), negative=("well", "healthy", "fine"))}

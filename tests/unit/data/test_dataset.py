@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from agglom.config import Augment
 from agglom.data.dataset import ImageDataset, augmented, collate, crop_box, resize, view_random
 from agglom.data.manifest import Manifest
 from agglom.data.sampler import loader
 from agglom.errors import DataError
+from agglom.job import Augment
 
 ROWS = 6
 

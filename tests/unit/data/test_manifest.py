@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import csv
 
-from agglom.config import Attribute, Data, Splits
 from agglom.data.manifest import Manifest, bin_names, load
 from agglom.errors import DataError
+from agglom.job import Attribute, Data, Splits
 
 HEADER = "image,patient,split,sick,sex,age\n"
 GOOD = (
@@ -261,7 +261,7 @@ def test_imports_are_light(tmp_path, name):
     """A table is checked before torch is paid for."""
     pq.write_table(csv.read_csv(write(tmp_path) / "m.csv"), tmp_path / "m.parquet")
     code = (
-        "import sys, agglom.data.manifest as m; from agglom.config import Data; from pathlib import Path\n"
+        "import sys, agglom.data.manifest as m; from agglom.job import Data; from pathlib import Path\n"
         f"m.load(Data(manifest='{name}', labels=('sick',)), Path('{tmp_path}'))\n"
         "print([name for name in ('torch', 'pandas', 'PIL') if name in sys.modules])"
     )

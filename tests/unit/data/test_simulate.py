@@ -8,10 +8,10 @@ import pytest
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from agglom.config import Attribute, Data
 from agglom.data.manifest import load
 from agglom.data.readers import read
 from agglom.data.simulate import main, simulate
+from agglom.job import Attribute, Data
 
 SMALL = ["--train", "50", "--val", "20", "--test", "20"]
 

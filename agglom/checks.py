@@ -1,0 +1,231 @@
+"""What no single field of a job can know: every problem of a well-shaped job, with its key. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from agglom import plugins
+from agglom.errors import ConfigError, PluginError
+from agglom.job import Data, Duration, Job, Stage, duration, parse_duration
+from agglom.yamls import Key, one_of, show
+
+Problem = tuple[Key, str]
+
+
+def attributes(data: Data, name: str, *, one_value: bool = True) -> Iterator[str]:
+    """What is wrong with an attribute's name or a crossing such as `sex*view`; `one_value`: it must be a partition."""
+    parts = name.split("*")
+    for part in parts:
+        if part not in data.attributes:
+            yield one_of(part, list(data.attributes), "attributes under data.attributes")
+        elif one_value and data.attributes[part].separator is not None:
+            yield f"{part!r} has a separator, so an image may be in several of its groups; name one without"
+    if len(set(parts)) < len(parts):
+        yield f"{name!r} crosses an attribute with itself"
+
+
+def repeated(names: Sequence[str]) -> list[str]:
+    return sorted({name for name in names if names.count(name) > 1})
+
+
+def data_problems(data: Data) -> Iterator[Problem]:
+    if not data.manifest:
+        yield ("data", "manifest"), "is empty; name the CSV or Parquet file with one row per image"
+    for name in repeated(data.labels):
+        yield ("data", "labels"), f"{name!r} is given twice"
+    for index, name in enumerate(data.labels):
+        column, of_class, value = name.partition("=")
+        if not column or (of_class and not value):
+            yield ("data", "labels", index), f"{name!r} is not a column, nor a class of one such as 'finding=covid'"
+        elif of_class and column in data.labels:
+            yield ("data", "labels", index), f"{name!r} takes {column!r} for classes, another label for 0 and 1"
+    splits = data.splits
+    if len({splits.train, splits.val, splits.test}) < 3:
+        yield ("data", "splits"), f"train, val and test must differ, got {splits.train}, {splits.val}, {splits.test}"
+    for name, attribute in data.attributes.items():
+        key = ("data", "attributes", name)
+        if not name or re.search(r"[*|]", name):
+            yield key, "an attribute's name may not be empty or hold '*' or '|', they write crossings"
+        if attribute.kind == "continuous" and (
+            not attribute.bins or list(attribute.bins) != sorted(set(attribute.bins))
+        ):
+            got = show(list(attribute.bins))
+            yield (*key, "bins"), f"a continuous attribute needs increasing edges, for example [50, 65]; got {got}"
+        if attribute.kind == "categorical" and attribute.bins:
+            yield (*key, "bins"), "only a continuous attribute has bins; remove them or set kind: continuous"
+        if attribute.separator is not None and (attribute.kind == "continuous" or not attribute.separator.strip()):
+            yield (*key, "separator"), 'only a categorical attribute has a separator, and it may not be blank; try ";"'
+    for index, name in enumerate(data.groups):
+        for message in attributes(data, name, one_value=False):
+            yield ("data", "groups", index), message
+    for name in repeated(data.groups):
+        yield ("data", "groups"), f"{name!r} is given twice"
+    if data.value_range and data.value_range[0] >= data.value_range[1]:
+        yield ("data", "value_range"), f"the first must be less than the second, got {show(data.value_range)}"
+
+
+def _check_plugin(key: Key, kind: str, package: str, options: Mapping[str, Any]) -> Iterator[Problem]:
+    try:
+        signature = plugins.schema(kind, package)
+    except PluginError as error:
+        yield (*key, "kind"), str(error)
+        return
+    for option, message in plugins.problems(signature, options, plugins.INJECTED[package]):
+        yield (*key, "options", option) if option else (*key, "options"), message
+
+
+def _check_teachers(job: Job) -> Iterator[Problem]:
+    names = list(job.teachers)
+    if not names:
+        yield ("teachers",), "is empty; name at least one teacher"
+    elif all(spec.weight == 0 for spec in job.teachers.values()):
+        yield ("teachers",), "every weight is 0, nothing would be learned"
+    for name, spec in job.teachers.items():
+        key = ("teachers", name)
+        if not re.fullmatch(r"[a-z0-9_-]+", name):
+            yield key, "a teacher's name may hold a-z, 0-9, '_' and '-' only; rename it"
+        if spec.source is not None and spec.source not in job.teachers:
+            yield (*key, "source"), one_of(spec.source, [n for n in names if n != name], "other teachers")
+        else:
+            chain = [name]
+            while (source := job.teachers[chain[-1]].source) in job.teachers and len(chain) <= len(names):
+                chain.append(str(source))
+            if name in chain[1:]:
+                yield (*key, "source"), f"a cycle: {' ← '.join(chain[: chain.index(name, 1) + 1])}"
+        yield from _check_plugin(key, spec.kind, "teachers", spec.options)
+        derives = plugins.takes(spec.kind, "teachers", "source")
+        if derives and spec.source is None:
+            others = ", ".join(n for n in names if n != name) or "none yet"
+            yield (*key, "source"), f"kind {spec.kind!r} derives from another teacher; name one (there are: {others})"
+        if derives is False and spec.source is not None:
+            yield (*key, "source"), f"kind {spec.kind!r} has no source; remove this key"
+        if derives and isinstance(attribute := spec.options.get("attribute"), str):
+            for message in attributes(job.data, attribute):
+                yield (*key, "options", "attribute"), message
+
+
+def _check_prompts(job: Job) -> Iterator[Problem]:
+    key: Key = ("evaluate", "prompts")
+    prompts, labels = job.evaluate.prompts, job.data.labels
+    for label, texts in prompts.items():
+        if label not in labels:
+            yield (*key, label), one_of(label, labels, "labels under data.labels")
+        for kind in ("positive", "negative"):
+            if any(not text.strip() for text in getattr(texts, kind)):
+                yield (*key, label, kind), "holds an empty text; remove it"
+        if not texts.positive:
+            yield (*key, label, "positive"), "is empty; describe an image that shows the label"
+        if texts.negative:
+            continue
+        column, of_class, _ = label.partition("=")
+        others = [one for one in labels if of_class and one != label and one.startswith(f"{column}=")]
+        if not others:
+            yield (*key, label), "needs negative, too: describe an image that does not show the label"
+        for other in others:
+            if other not in prompts or prompts[other].negative:
+                state = "has no prompts" if other not in prompts else "has negative prompts"
+                yield (*key, label), f"is told from the other classes of {column!r}, but {other!r} {state}"
+    name = job.evaluate.prompted_by
+    if name is not None and name not in job.teachers:
+        yield ("evaluate", "prompted_by"), one_of(name, list(job.teachers), "teachers")
+
+
+def _check_stages(job: Job) -> Iterator[Problem]:
+    if not job.stages:
+        yield ("stages",), "is empty; give at least one stage, for example [{name: full, length: 30 epochs}]"
+    for name in repeated([stage.name for stage in job.stages]):
+        yield ("stages",), f"two stages are called {name!r}; reports are files of that name, rename one"
+    for index, stage in enumerate(job.stages):
+        key: Key = ("stages", index)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", stage.name) or stage.name == "teachers":
+            yield (
+                (*key, "name"),
+                (f"{stage.name!r} cannot name report files; use letters, digits, '_' and '-' ('teachers' is taken)"),
+            )
+        for name in dict.fromkeys(stage.teachers):
+            if name not in job.teachers:
+                yield (*key, "teachers"), one_of(name, list(job.teachers), "teachers")
+        for name in repeated(stage.teachers):
+            yield (*key, "teachers"), f"{name!r} is given twice"
+        try:
+            length = parse_duration(stage.length)
+        except ConfigError as error:
+            yield (*key, "length"), str(error)
+            continue
+        if length.unit == "%":
+            yield (*key, "length"), f"{stage.length!r} is a share of nothing; give it in steps, epochs or samples"
+        elif length.amount == 0:
+            yield (*key, "length"), f"{stage.length!r} trains nothing; make it longer or remove the stage"
+        else:
+            yield from _check_warmup(job, (*key, "warmup"), stage, length)
+
+
+def _check_warmup(job: Job, key: Key, stage: Stage, length: Duration) -> Iterator[Problem]:
+    try:
+        warmup = parse_duration(stage.warmup)
+    except ConfigError as error:
+        yield key, str(error)
+        return
+    # An epoch is unknown until the manifest is read; `plan` compares the other pairs of units.
+    comparable = warmup.unit == "%" or (warmup.unit == "epochs") == (length.unit == "epochs")
+    steps = duration(stage.length, batch=job.optim.batch, samples=10**6)
+    if comparable and duration(stage.warmup, batch=job.optim.batch, samples=10**6, total_steps=steps) > steps:
+        yield key, f"{stage.warmup!r} is longer than the stage ({stage.length}); shorten it"
+
+
+def problems(job: Job) -> Iterator[Problem]:
+    """Every problem of a well-shaped job that needs more than one field to see."""
+    yield from data_problems(job.data)
+    yield from _check_teachers(job)
+    yield from _check_plugin(("student",), job.student.kind, "students", job.student.options)
+    yield from _check_plugin(("balance",), job.balance.kind, "balancers", job.balance.options)
+    yield from _check_stages(job)
+    yield from _check_prompts(job)
+    yield from _check_studies(job)
+    if job.data.split is None:
+        yield ("data", "split"), "is null, which is for audits only; name the column that parts train, val and test"
+    if job.balance.group is not None:
+        for message in attributes(job.data, job.balance.group):
+            yield ("balance", "group"), message
+    elif job.balance.kind != "uniform" and plugins.takes(job.balance.kind, "balancers", "cells"):
+        known = ", ".join(job.data.attributes) or "none yet"
+        yield ("balance", "group"), f"kind {job.balance.kind!r} weighs groups; name an attribute (there are: {known})"
+    if not job.loss.summary_weight and not job.loss.patches_weight:
+        yield ("loss",), "summary_weight and patches_weight are both 0, nothing would be learned"
+    if job.augment.crop[0] > job.augment.crop[1]:
+        yield ("augment", "crop"), f"the first may not exceed the second, got {show(job.augment.crop)}"
+    if job.optim.batch % job.optim.accumulate:
+        sizes = nearest(job.optim.batch, job.optim.accumulate)
+        yield (
+            ("optim", "batch"),
+            f"{job.optim.batch} does not divide by accumulate = {job.optim.accumulate}; {sizes} do",
+        )
+    if job.engine.precision == "bf16" and job.engine.zero == 0:
+        yield ("engine", "zero"), "bf16 with ZeRO 0 keeps no fp32 weights and drifts; set zero to 1, 2 or 3"
+    for name in ("every", "checkpoint"):
+        try:
+            if parse_duration(getattr(job.log, name)).amount == 0:
+                yield ("log", name), "must be more than 0"
+        except ConfigError as error:
+            yield ("log", name), str(error)
+
+
+def _check_studies(job: Job) -> Iterator[Problem]:
+    evaluate = job.evaluate
+    for index, name in enumerate(evaluate.holdout):
+        for message in attributes(job.data, name, one_value=False):
+            yield ("evaluate", "holdout", index), message
+    asked = {"scarcity": [f"{share:g}" for share in evaluate.scarcity], "holdout": evaluate.holdout}
+    for key, values in asked.items():
+        for value in repeated(values):
+            yield ("evaluate", key), f"{value} is given twice"
+        if values and not job.data.labels:
+            yield ("evaluate", key), "fits probes of labels, and data.labels is empty; name them there"
+
+
+def nearest(batch: int, divisor: int) -> str:
+    """The multiples of `divisor` around `batch`, in words."""
+    below = batch // divisor * divisor
+    return " and ".join(str(size) for size in (below, below + divisor) if size)
