@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from agglom import __version__, plan, plugins, zeroshot
+from agglom import __version__, curriculum, hosting, licences, plan, plugins, targets, zeroshot
 from agglom.core import groups, losses
 from agglom.core.groups import GroupSpace
 from agglom.core.heads import Distiller
@@ -23,9 +25,10 @@ from agglom.data.dataset import CLEAN, ImageDataset
 from agglom.data.manifest import Manifest
 from agglom.data.sampler import loader
 from agglom.errors import CacheError, ConfigError, DataError, Interrupted, PluginError
-from agglom.job import Job
+from agglom.job import Job, Side, Size, pair, show_size
 from agglom.plan import Plan
 from agglom.runtime import StopRequest, World
+from agglom.yamls import one_of
 
 IDENTITY = "agglom.json"
 
@@ -52,6 +55,16 @@ class Run:
             return self.spaces[self.job.balance.group]
         return GroupSpace("", ("all",), torch.zeros(len(self.manifest), dtype=torch.int64))
 
+    @cached_property
+    def served(self) -> dict[str, Tensor]:
+        """By specialist, the manifest rows (bool) that it serves; a teacher that is not among them serves everybody."""
+        serves = {name: teacher.serves for name, teacher in self.teachers.items()}
+        return {
+            name: torch.as_tensor(self.manifest.among(one.attribute, one.groups))
+            for name, one in serves.items()
+            if one is not None
+        }
+
     @property
     def targets(self) -> dict[str, Dims]:
         """What the student predicts: the outputs of the teachers of any stage whose loss has a weight."""
@@ -76,12 +89,17 @@ class Run:
         """What must be equal for a checkpoint or stored features to belong to this run."""
         settings = asdict(self.job)
         del settings["log"]  # what is printed changes no number
+        for teacher in settings["teachers"].values():
+            del teacher["placement"], teacher["micro_batch"], teacher["licence"]  # neither do these
         settings["evaluate"] = {key: settings["evaluate"][key] for key in ("size", "probe_images", "fvu_images")}
         data = settings["data"] | {"manifest": "", "root": "", "workers": 0}  # the manifest's digest speaks for them
         data |= {"labels": (), "groups": (), "min_support": 0}  # what is reported changes no weight
         parts = {part for name in _trained_groups(self.job, self.teachers) for part in name.split("*")}
         data["attributes"] = {name: spec for name, spec in data["attributes"].items() if name in parts}
         settings["data"] = data
+        for spec in settings["teachers"].values():
+            if curriculum.takes_stage(spec["kind"]):
+                spec["options"].pop("folder", None)  # where an export lies: the teacher's fingerprint speaks for it
         return (
             dict(_leaves("config", settings))
             | {"manifest": self.manifest.digest, "agglom": __version__}
@@ -117,21 +135,44 @@ def _parts(job: Job, base: Path, world: World) -> tuple[Manifest, Plan, dict[str
     manifest = manifests.load(job.data, base)
     resolved = plan.resolve(job, base, world.size, manifest)
     teachers = build_teachers(job, world.device)
+    _try_teachers(job, teachers, world.device)
     try:
         spaces = {name: groups.encode(name, manifest.attributes) for name in _trained_groups(job, teachers)}
     except ValueError as error:
         raise ConfigError(f"data.attributes: {error}") from error
+    _check_served(manifest, spaces, teachers)
     return manifest, resolved, spaces, teachers
 
 
+def _check_served(manifest: Manifest, spaces: Mapping[str, GroupSpace], teachers: Mapping[str, Teacher]) -> None:
+    """A specialist serves groups that exist, and that train patients are of."""
+    train_N = torch.as_tensor(manifest.rows("train"))
+    for name, teacher in teachers.items():
+        if (serves := teacher.serves) is None:
+            continue
+        space = spaces[serves.attribute]
+        for index, group in enumerate(serves.groups):
+            key = f"teachers.{name}.options.groups[{index}]"
+            if group not in space.values:
+                raise ConfigError(f"{key}: {one_of(group, space.values, f'values of {serves.attribute}')}")
+            if not (space.index_N[train_N] == space.values.index(group)).any():
+                raise ConfigError(f"{key}: {group!r} has no train image in {manifest.path}; name a group that has")
+
+
 def _trained_groups(job: Job, teachers: Mapping[str, Teacher]) -> list[str]:
-    """The attributes and crossings that the weights depend on: the balancer's and the teachers'."""
-    read = [teacher.derived.attribute for teacher in teachers.values() if teacher.derived is not None]
-    return [name for name in (job.balance.group, *read) if name]
+    """The attributes and crossings that training depends on: the balancer's, the normalisers' and the teachers'."""
+    derived = [teacher.derived for teacher in teachers.values() if teacher.derived is not None]
+    served = [teacher.serves.attribute for teacher in teachers.values() if teacher.serves is not None]
+    fitted = [name for one in derived for name in (*one.attributes, *one.groups)]
+    names = [job.balance.group, job.loss.moments_by, *served, *fitted]
+    return [name for name in dict.fromkeys(names) if name]
 
 
 def build_teachers(job: Job, device: torch.device) -> dict[str, Teacher]:
-    """All teachers of a job, sources before what is derived from them, then in the order of their names."""
+    """All teachers of a job on `device`, sources before what is derived from them, in the order of their names.
+
+    Raises PluginError and ConfigError that name the teacher.
+    """
     built: dict[str, Teacher] = {}
 
     def build(name: str) -> Teacher:
@@ -141,13 +182,24 @@ def build_teachers(job: Job, device: torch.device) -> dict[str, Teacher]:
             teacher = plugins.build(spec.kind, "teachers", spec.options, **source)
             if not isinstance(teacher, Teacher):
                 raise PluginError(f"teachers.{name}: build() returned {type(teacher).__name__}, expected a Teacher")
-            teacher.module.to(device).eval().requires_grad_(False)
-            built[name] = teacher
+            teacher.module.eval().requires_grad_(False)
+            licence = licences.resolve(name, teacher.licence, spec.licence)
+            hosted = hosting.host(name, replace(teacher, licence=licence), spec, device)
+            built[name] = _in_mosaics(job, name, hosted) if spec.mosaic else hosted
         return built[name]
 
     for name in sorted(job.teachers):
         build(name)
     return {name: built[name] for name in sorted(built)}
+
+
+def _in_mosaics(job: Job, name: str, teacher: Teacher) -> Teacher:
+    if teacher.dims.summary is not None and job.loss.summary_weight:
+        raise ConfigError(
+            f"teachers.{name}.mosaic: a summary of a mosaic is of no image in particular, and this teacher's is to be "
+            "learnt; set loss.summary_weight to 0, or mosaic to false"
+        )
+    return targets.mosaicked(name, teacher)
 
 
 def build_student(job: Job) -> Student:
@@ -161,21 +213,45 @@ def build_student(job: Job) -> Student:
     return student
 
 
+def _sizes(job: Job) -> dict[str, Size]:
+    """Every image size of the job by its key."""
+    found: dict[str, Side] = {} if job.evaluate.size is None else {"evaluate.size": job.evaluate.size}
+    found |= {f"evaluate.sizes[{index}]": size for index, size in enumerate(job.evaluate.sizes)}
+    for index, stage in enumerate(job.stages):
+        drawn = {f"stages[{index}].sizes[{number}]": size for number, size in enumerate(stage.sizes)}
+        found |= drawn or {f"stages[{index}].size": stage.size}
+    return {key: pair(size) for key, size in found.items()}
+
+
+@torch.no_grad()
+def _try_teachers(job: Job, teachers: Mapping[str, Teacher], device: torch.device) -> None:
+    """An image of every size that some step draws, or that a sweep comes to, goes through each teacher at the start."""
+    for key, size in _sizes(job).items():
+        for name in (name for name, teacher in teachers.items() if "sizes" in key and teacher.derived is None):
+            try:
+                targets.encode(teachers, [name], torch.zeros(1, 3, *size, device=device))
+            except (ValueError, RuntimeError, AssertionError) as error:
+                raise ConfigError(
+                    f"{key}: the teacher {name!r} takes no image of {show_size(size)} px "
+                    f"({str(error).splitlines()[0]}); pin its size where its kind can, or change this one"
+                ) from error
+
+
 @torch.no_grad()
 def _try_sizes(job: Job, student: Student) -> None:
     """An image of every size of the job goes through the student once, before any work depends on it."""
-    wanted = {f"stages[{index}].size": stage.size for index, stage in enumerate(job.stages)}
-    wanted |= {"evaluate.size": job.evaluate.size} if job.evaluate.size else {}
+    patch, pinned = student.pixels.patch, student.pixels.size
     student.module.eval()
-    for key, size in wanted.items():
+    for key, size in _sizes(job).items():
         try:
-            student.module(torch.zeros(1, student.pixels.channels, size, size))
+            student.module(torch.zeros(1, student.pixels.channels, *size))
         except (ValueError, RuntimeError, AssertionError) as error:
-            patch = student.pixels.patch
-            near = sorted({max(1, size // patch) * patch, (size // patch + 1) * patch})
+            below = [max(1, side // patch) * patch for side in size]
+            above = [(side // patch + 1) * patch for side in size]
+            near = [(below[0], below[1]), (above[0], above[1])] if pinned is None else [(pinned, pinned)]
             raise ConfigError(
-                f"{key}: the student takes no image of {size} px ({str(error).splitlines()[0]}); "
-                f"its patch is {patch} px, so try {' or '.join(map(str, near))}"
+                f"{key}: the student takes no image of {show_size(size)} px ({str(error).splitlines()[0]}); "
+                f"its patch is {patch} px, so try {' or '.join(dict.fromkeys(map(show_size, near)))}"
             ) from error
     student.module.train()
 
@@ -183,24 +259,25 @@ def _try_sizes(job: Job, student: Student) -> None:
 def build_distiller(run: Run, student: Student) -> Distiller:
     """The student with one head per teacher and token kind."""
     torch.manual_seed(run.job.seed + 1)
+    settings = asdict(run.job.heads) | {"class_tokens": student.class_tokens, "levels": student.levels}
     try:
-        return Distiller(student.module, student.dims, run.targets, run.job.heads.hidden, run.job.heads.depth)
+        return Distiller(student.module, student.dims, run.targets, **settings)
     except ValueError as error:
         raise PluginError(f"student: {error}") from error
 
 
-def batches(run: Run, rows_N: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, Batch | None]]:
-    """Clean views of `rows_N` in chunks of `evaluate.batch`, dealt out to the ranks in turn.
+def batches(run: Run, rows_N: np.ndarray, size: Size) -> Iterator[tuple[np.ndarray, Batch | None]]:
+    """Clean views of `rows_N`, at `size`, in chunks of `evaluate.batch`, dealt out to the ranks in turn.
 
     Every rank takes part in every round: where it has no chunk left it gets None. The chunks do not depend on the
     number of ranks. An image that cannot be read is an error on all of them.
     """
     data, world, step = run.job.data, run.world, run.job.evaluate.batch
     nobody_N = np.full(len(run.manifest), -1)
-    dataset = ImageDataset(run.manifest, rows_N, size, None, nobody_N, run.job.seed, data.value_range)
+    dataset = ImageDataset(run.manifest, rows_N, None, nobody_N, run.job.seed, data.value_range)
     chunks = [rows_N[start : start + step] for start in range(0, len(rows_N), step)]
     mine = chunks[world.rank :: world.size]
-    source = loader(dataset, [[(int(row), CLEAN) for row in chunk] for chunk in mine], data.workers)
+    source = loader(dataset, [[(int(row), CLEAN, size) for row in chunk] for chunk in mine], data.workers)
     for turn in range(math.ceil(len(chunks) / world.size)):
         batch = world.attempt(lambda: next(source, None))
         (stopping,) = world.any(bool(run.stop))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from agglom import plugins
+from agglom import curriculum, plugins
 from agglom.errors import ConfigError, PluginError
-from agglom.job import Data, Duration, Job, Stage, duration, parse_duration
+from agglom.job import Data, Duration, Job, Side, Size, Stage, TeacherSpec, duration, pair, parse_duration
 from agglom.yamls import Key, one_of, show
 
 Problem = tuple[Key, str]
+# Balancers that weigh the teachers, or nothing: they do without balance.group.
+GROUPLESS = ("uniform", "teacher_dropping", "ada_loss")
+T = TypeVar("T", str, Size)
 
 
 def attributes(data: Data, name: str, *, one_value: bool = True) -> Iterator[str]:
@@ -26,7 +29,7 @@ def attributes(data: Data, name: str, *, one_value: bool = True) -> Iterator[str
         yield f"{name!r} crosses an attribute with itself"
 
 
-def repeated(names: Sequence[str]) -> list[str]:
+def repeated(names: Sequence[T]) -> list[T]:
     return sorted({name for name in names if names.count(name) > 1})
 
 
@@ -95,15 +98,34 @@ def _check_teachers(job: Job) -> Iterator[Problem]:
             if name in chain[1:]:
                 yield (*key, "source"), f"a cycle: {' ← '.join(chain[: chain.index(name, 1) + 1])}"
         yield from _check_plugin(key, spec.kind, "teachers", spec.options)
+        if spec.mosaic and spec.source is not None:
+            yield (*key, "mosaic"), f"sees no image of its own; set this for its source {spec.source!r}"
         derives = plugins.takes(spec.kind, "teachers", "source")
         if derives and spec.source is None:
             others = ", ".join(n for n in names if n != name) or "none yet"
             yield (*key, "source"), f"kind {spec.kind!r} derives from another teacher; name one (there are: {others})"
         if derives is False and spec.source is not None:
             yield (*key, "source"), f"kind {spec.kind!r} has no source; remove this key"
-        if derives and isinstance(attribute := spec.options.get("attribute"), str):
-            for message in attributes(job.data, attribute):
-                yield (*key, "options", "attribute"), message
+        if spec.licence is not None and not spec.licence.strip():
+            yield (*key, "licence"), "is empty; name the licence of its weights, or 'unknown'"
+        if derives:
+            for option in ("dtype", "placement", "micro_batch", "compile"):
+                if getattr(spec, option) != getattr(TeacherSpec(kind=spec.kind), option):
+                    yield (*key, option), "it computes on the features of its source; set this key there"
+            yield from _check_columns(job.data, (*key, "options"), spec.options)
+
+
+def _check_columns(data: Data, key: Key, options: Mapping[str, Any]) -> Iterator[Problem]:
+    """The columns of the manifest that a derived teacher reads: `attribute`, one name or several, and `label`."""
+    attribute, label = options.get("attribute"), options.get("label")
+    names = [((*key, "attribute"), attribute)]
+    if isinstance(attribute, Sequence) and not isinstance(attribute, str):
+        names = [((*key, "attribute", index), name) for index, name in enumerate(attribute)]
+    for place, name in names:
+        for message in attributes(data, name) if isinstance(name, str) else ():
+            yield place, message
+    if isinstance(label, str) and label not in data.labels:
+        yield (*key, "label"), one_of(label, list(data.labels), "labels under data.labels")
 
 
 def _check_prompts(job: Job) -> Iterator[Problem]:
@@ -149,6 +171,12 @@ def _check_stages(job: Job) -> Iterator[Problem]:
                 yield (*key, "teachers"), one_of(name, list(job.teachers), "teachers")
         for name in repeated(stage.teachers):
             yield (*key, "teachers"), f"{name!r} is given twice"
+        yield from _check_sizes((*key, "sizes"), stage.sizes)
+        if stage.sizes and pair(stage.size) not in map(pair, stage.sizes):
+            yield (
+                (*key, "size"),
+                f"{show(stage.size)}, the size of the evaluation, is not one of sizes {show(stage.sizes)}; make it one",
+            )
         try:
             length = parse_duration(stage.length)
         except ConfigError as error:
@@ -160,6 +188,51 @@ def _check_stages(job: Job) -> Iterator[Problem]:
             yield (*key, "length"), f"{stage.length!r} trains nothing; make it longer or remove the stage"
         else:
             yield from _check_warmup(job, (*key, "warmup"), stage, length)
+
+
+def _check_curriculum(job: Job) -> Iterator[Problem]:
+    """Students that teach later ones, and what the heads need of each student."""
+    legs = curriculum.parts(job)
+    ends = [leg.stages[-1].name for leg in legs[:-1]]
+    for name, spec in job.teachers.items():
+        key: Key = ("teachers", name, "options")
+        stage, folder = (spec.options.get(option) for option in ("stage", "folder"))
+        if not curriculum.takes_stage(spec.kind):
+            continue
+        if stage is None and folder is None:
+            yield key, "name the export: folder, or stage, the last one of an earlier student of this job"
+        elif stage is not None and folder is not None:
+            yield key, "folder and stage both name an export; keep one"
+        elif isinstance(stage, str) and stage not in ends:
+            yield (*key, "stage"), one_of(stage, ends, "stages after which another student starts")
+    index = 0
+    for leg in legs:
+        own = job.stages and job.stages[index].student
+        place: Key = ("stages", index, "student") if own else ("student",)
+        yield from _check_plugin(place, leg.student.kind, "students", leg.student.options)
+        yield from _check_heads(leg, (*place, "options"))
+        for stage in leg.stages:
+            for name in stage.teachers if leg.teachers else ():
+                if name in job.teachers and name not in leg.teachers:
+                    yield ("stages", index, "teachers"), f"{name!r} is not there yet: its own stage ends later"
+            index += 1
+        if job.teachers and not leg.teachers:
+            yield ("stages", index - len(leg.stages), "teachers"), "every teacher's own stage ends later; add another"
+
+
+def _check_heads(leg: Job, key: Key) -> Iterator[Problem]:
+    wanted = {name for stage in leg.stages for name in stage.teachers or leg.teachers}
+    kind, options = leg.student.kind, leg.student.options
+    tokens, levels = (plugins.given(kind, "students", options, option) for option in ("class_tokens", "levels"))
+    if leg.heads.tokens == "own" and isinstance(tokens, int) and tokens < len(wanted):
+        yield (*key, "class_tokens"), f"heads.tokens: own needs one for each of {len(wanted)} teachers, got {tokens}"
+    if leg.heads.kind == "ladder" and levels == 0:
+        yield (*key, "levels"), "heads.kind: ladder needs at least 1, got 0"
+
+
+def _check_sizes(key: Key, sizes: Sequence[Side]) -> Iterator[Problem]:
+    for height, width in repeated([pair(size) for size in sizes]):
+        yield key, f"{show([height, width])} is given twice"
 
 
 def _check_warmup(job: Job, key: Key, stage: Stage, length: Duration) -> Iterator[Problem]:
@@ -179,9 +252,9 @@ def problems(job: Job) -> Iterator[Problem]:
     """Every problem of a well-shaped job that needs more than one field to see."""
     yield from data_problems(job.data)
     yield from _check_teachers(job)
-    yield from _check_plugin(("student",), job.student.kind, "students", job.student.options)
     yield from _check_plugin(("balance",), job.balance.kind, "balancers", job.balance.options)
     yield from _check_stages(job)
+    yield from _check_curriculum(job)
     yield from _check_prompts(job)
     yield from _check_studies(job)
     if job.data.split is None:
@@ -189,9 +262,16 @@ def problems(job: Job) -> Iterator[Problem]:
     if job.balance.group is not None:
         for message in attributes(job.data, job.balance.group):
             yield ("balance", "group"), message
-    elif job.balance.kind != "uniform" and plugins.takes(job.balance.kind, "balancers", "cells"):
+    elif job.balance.kind not in GROUPLESS and plugins.takes(job.balance.kind, "balancers", "cells"):
         known = ", ".join(job.data.attributes) or "none yet"
         yield ("balance", "group"), f"kind {job.balance.kind!r} weighs groups; name an attribute (there are: {known})"
+    if job.heads.kind == "transformer" and job.heads.depth != 1:
+        yield ("heads", "depth"), f"kind transformer is one block, got {job.heads.depth}; set 1"
+    if job.loss.moments_by is not None:
+        for message in attributes(job.data, job.loss.moments_by):
+            yield ("loss", "moments_by"), message
+    if job.loss.shift and not job.loss.patches_weight:
+        yield ("loss", "shift"), "compares patches, and patches_weight is 0; set it to 0, too"
     if not job.loss.summary_weight and not job.loss.patches_weight:
         yield ("loss",), "summary_weight and patches_weight are both 0, nothing would be learned"
     if job.augment.crop[0] > job.augment.crop[1]:
@@ -214,6 +294,7 @@ def problems(job: Job) -> Iterator[Problem]:
 
 def _check_studies(job: Job) -> Iterator[Problem]:
     evaluate = job.evaluate
+    yield from _check_sizes(("evaluate", "sizes"), evaluate.sizes)
     for index, name in enumerate(evaluate.holdout):
         for message in attributes(job.data, name, one_value=False):
             yield ("evaluate", "holdout", index), message

@@ -22,6 +22,7 @@ from agglom.data.manifest import Manifest
 from agglom.errors import ConfigError, DataError
 from agglom.reading import OVERALL, STATUSES, Place, Reading, read, unique
 from agglom.report import REMEDY, GroupReport
+from agglom.serving import Serving
 
 if TYPE_CHECKING:
     from agglom.core.metrics import Estimate
@@ -428,9 +429,13 @@ def _judged(run: Scored, question: Question, margin: float) -> tuple[list[Line],
     lines: list[Line] = []
     groups: list[Verdict] = []
     everybody: list[Verdict] = []
+    serving = Serving.of(run.manifest, run.context)
     for label, place in itertools.product(run.labels, run.rows_of):
         split = run.reading.split
-        teachers = [name for name in run.sample_of[label, split].predictors if name.startswith("teacher/")]
+        scored = [name for name in run.sample_of[label, split].predictors if name.startswith("teacher/")]
+        teachers = [name for name in scored if serving.judged(name, place)]
+        if not teachers:
+            continue
         pairs = {name: _minus(run, name, label, place, question, verdicts.LEVEL) for name in teachers}
         for names in (*([name] for name in teachers), teachers):
             one = verdicts.verdict({name: pairs[name] for name in names}, margin, metric=question.metric)

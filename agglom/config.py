@@ -45,6 +45,7 @@ _EXPECTED = {
     "tuple_type": "a list",
     "dict_type": "a map of keys",
     "dataclass_type": "a map of keys",
+    "side_type": "a number of pixels or [height, width]",
 }
 
 

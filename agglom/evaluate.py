@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,22 +13,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agglom import audit, curves, probes, report, scores, studies, zeroshot
+from agglom import (
+    audit,
+    conflict,
+    curriculum,
+    curves,
+    hosting,
+    probes,
+    report,
+    scores,
+    studies,
+    sweep,
+    unexplained,
+    zeroshot,
+)
 from agglom.assemble import Run, assemble, batches, build_distiller, build_student, check_identity, gathered
-from agglom.core import losses, metrics, normalise
-from agglom.core.heads import Distiller, resample
+from agglom.core import normalise
+from agglom.core.heads import Distiller
 from agglom.core.types import Features, Student
 from agglom.engine import latest, launched, read_weights
 from agglom.errors import DataError
-from agglom.job import Job
+from agglom.job import Job, show_size, side
 from agglom.probes import Readout
 from agglom.reading import Row
 from agglom.report import GroupReport
 from agglom.runtime import StopRequest
-from agglom.samples import Settings, row
+from agglom.samples import Settings
 from agglom.scores import Scores
+from agglom.serving import Serving
 from agglom.survey import Pool, Survey, chosen_rows, survey
-from agglom.targets import Normaliser, input_size
+from agglom.sweep import Look
+from agglom.targets import Normaliser, input_size, told
 
 TEACHERS_STAGE = "teachers"
 READOUTS = {"linear": "linear probe", "knn": "knn probe", "zeroshot": "zero-shot"}
@@ -43,16 +58,17 @@ class Evaluation:
 
 
 def evaluate(
-    run: Run, surveyed: Survey | None, normalisers: dict[str, Normaliser], stage: str, student: nn.Module | None
+    run: Run, surveyed: Survey | None, normalisers: dict[str, Normaliser], stage: str, student: Distiller | None
 ) -> Evaluation | None:
     """The report of one stage on rank 0; every rank takes part in encoding with the student.
 
     `student` is the distiller in plain PyTorch, the same on all ranks, or None before the first stage.
     """
     pool = None if student is None else _encode_student(run, student)
+    looks = sweep.looks(run, surveyed, normalisers, student)
     if surveyed is None:
         return run.world.on_main(lambda: None)
-    return run.world.on_main(lambda: _report(run, surveyed, normalisers, stage, pool))
+    return run.world.on_main(lambda: _report(run, surveyed, normalisers, stage, pool, looks, student))
 
 
 def main(job: Job, base: Path, out: Path) -> None:
@@ -61,7 +77,7 @@ def main(job: Job, base: Path, out: Path) -> None:
     Raises DataError where there is no checkpoint, CacheError where it belongs to another job.
     """
     with launched() as world, StopRequest().listening(world.has_launcher) as stop:
-        run = assemble(job, base, out, world, stop)
+        run = assemble(curriculum.legs(job, out)[-1].job, base, out, world, stop)
         step, _, plain = world.attempt(lambda: last_student(run))
         surveyed, normalisers = survey(run)
         stage = next(s for s in reversed(run.plan.stages) if s.first_step < step or s.index == 0)
@@ -145,7 +161,7 @@ def _encode_student(run: Run, student: nn.Module) -> StudentPool | None:
 
 
 def _rows(features: Features, keep_B: Tensor) -> Features:
-    summary, patches, grid = features
+    summary, patches, grid = features[:3]
     return Features(
         None if summary is None else summary.float().cpu()[keep_B],
         None if patches is None else patches.float().cpu()[keep_B],
@@ -162,7 +178,13 @@ def _cat(parts: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def _report(
-    run: Run, surveyed: Survey, normalisers: dict[str, Normaliser], stage: str, student: StudentPool | None
+    run: Run,
+    surveyed: Survey,
+    normalisers: dict[str, Normaliser],
+    stage: str,
+    student: StudentPool | None,
+    looks: list[Look],
+    model: Distiller | None,
 ) -> Evaluation:
     rows: list[Row] = []
     notes: list[str] = []
@@ -173,22 +195,66 @@ def _report(
     data, settings = run.job.data, Settings.of(run.job.data, run.job.evaluate, run.job.seed)
     prompted = _prompted(run, surveyed, normalisers, student, notes)
     found = _scores(run, surveyed, summaries, prompted, notes)
-    rows += audit.rows(found, run.manifest, data.groups, settings, notes)
-    asked = data, run.job.evaluate, settings
-    rows += studies.rows(summaries, run.manifest, surveyed.rows_N, *asked, surveyed.readouts, surveyed.studies)
+    serving = Serving(run.manifest, {f"teacher/{name}": mask_N.numpy() for name, mask_N in run.served.items()})
+    drawn = curves.of_scores(found, run.manifest, data.groups, settings)
+    measured = audit.rows(found, run.manifest, data.groups, settings, notes)
+    rows += [one for one in measured if serving.judged(one["predictor"], (one["attribute"], one["group"]))]
+    asked = data, run.job.evaluate, settings, _fitted_on(run)
+    studied = {name: summary_ND for name, summary_ND in summaries.items() if name not in serving.served}
+    rows += studies.rows(studied, run.manifest, surveyed.rows_N, *asked, surveyed.readouts, surveyed.studies)
+    rows += sweep.rows(run, surveyed, looks, notes)
+    notes += _resampled(run, student)
     notes += [f"{name} has no summary, so no probe reads it." for name, one in summaries.items() if one is None]
+    serves = {name: (s.attribute, s.groups) for name, t in run.teachers.items() if (s := t.serves) is not None}
+    notes += [
+        f"{name} serves {', '.join(groups)} of {attribute} and is judged in groups of those patients alone; what its "
+        "features tell about people is what those of its source tell."
+        for name, (attribute, groups) in serves.items()
+    ]
     names = [s.name for s in run.plan.stages]
     context = audit.context(run.manifest, data, run.job.seed, notes) | {
         "name": run.out.name,
         "index": names.index(stage) + 1 if stage in names else 0,
-        "teachers": {n: {"fingerprint": t.fingerprint, "licence": t.licence} for n, t in run.teachers.items()},
+        "teachers": {name: hosting.facts(teacher) for name, teacher in run.teachers.items()},
         "balance": {"kind": run.job.balance.kind, "group": run.job.balance.group},
-        "image_size": run.plan.evaluate_size,
-        "curves": curves.of_scores(found, run.manifest, data.groups, settings),
+        "image_size": side(run.plan.evaluate_size),
+        "serves": {f"teacher/{name}": one for name, one in serves.items()},
+        "curves": [one for one in drawn if serving.judged(one["predictor"], (one["attribute"], one["group"]))],
         "weights": curves.of_weights(run.out / "metrics.jsonl", run.job.balance.group, _until(names, stage)),
+        "conflict": _conflict(run, surveyed, normalisers, stage, student, model),
         "history": _history(run.out / "reports", [TEACHERS_STAGE, *names], stage),
     }
     return Evaluation(GroupReport(stage, [{"stage": stage, **row} for row in rows], context), found)
+
+
+def _conflict(
+    run: Run,
+    surveyed: Survey,
+    normalisers: dict[str, Normaliser],
+    stage: str,
+    student: StudentPool | None,
+    model: Distiller | None,
+) -> dict[str, Any] | None:
+    if student is None or model is None or not run.job.evaluate.conflict:
+        return None
+    trained = next(one for one in run.plan.stages if one.name == stage)
+    return conflict.measure(run, surveyed, normalisers, trained, model, student.predicted)
+
+
+def _fitted_on(run: Run) -> Set[str]:
+    """The attributes that a teacher was fitted on, so that the features of its train patients were made to hide or to
+    use them."""
+    derived = [teacher.derived for teacher in run.teachers.values() if teacher.derived is not None]
+    return {part for one in derived for name in (*one.attributes, *one.groups) for part in name.split("*")}
+
+
+def _resampled(run: Run, student: StudentPool | None) -> Iterator[str]:
+    """Where teacher and student do not meet on the grid of both."""
+    for name, predicted in student.predicted.items() if student is not None else ():
+        if predicted.patches_MND is not None:
+            how = told(run.teachers[name].pixels, run.plan.evaluate_size, predicted.grid)
+            if "resampled" in how:
+                yield f"The student and {name} are compared on the coarser of their grids: {name}: {how}."
 
 
 def _until(names: list[str], stage: str) -> list[str]:
@@ -209,54 +275,24 @@ def _fvu_rows(run: Run, surveyed: Survey, normalisers: dict[str, Normaliser], st
     held_N, train_N = (torch.as_tensor(np.isin(surveyed.rows_N, r)) for r in (rows_M, run.manifest.rows("train")))
     for name, predicted in student.predicted.items():
         pool, normaliser = surveyed.pools[name], normalisers[name].to(torch.device("cpu"))
-        note = f"teacher at {input_size(run.teachers[name].pixels, size)} px"
+        note = f"teacher at {show_size(input_size(run.teachers[name].pixels, size))} px"
+        served_M, fitted_N = torch.ones(len(rows_M), dtype=torch.bool), train_N
+        if name in run.served:
+            note += ", on the images of those whom it serves"
+            served_M = run.served[name][torch.as_tensor(rows_M)]
+            fitted_N = train_N & run.served[name][torch.as_tensor(surveyed.rows_N)]
         if predicted.patches_MND is not None:
-            error_M, baseline_M = _patch_errors(pool, predicted, normaliser)
-            yield from _ratio_rows(run, rows_M, error_M, baseline_M, "fvu", f"{name}/patches", note)
+            guess = Features(None, predicted.patches_MND, predicted.grid)
+            raw, mean_ND = Features(None, pool.patches_MND, pool.grid), cast(Tensor, pool.mean_patches_ND)
+            errors = unexplained.patches(guess, raw, mean_ND, normaliser)
+            yield from unexplained.ratios(run, rows_M, served_M, *errors, "fvu", f"{name}/patches", note)
         if predicted.summary_ND is not None and pool.summary_ND is not None:
-            guess_MD, raw_MD = predicted.summary_ND, pool.summary_ND[held_N]
+            metric, mean_D, applied = "fvu_angular", cast(Tensor, normaliser.direction_D), None
             if run.job.loss.normalises_summary:
-                metric, truth_MD = "fvu", normaliser.of_summary(raw_MD)
-                mean_D = normaliser.of_summary(pool.summary_ND[train_N]).mean(0)
-                error_M, baseline_M = ((one - truth_MD).square().mean(1) for one in (guess_MD, mean_D))
-            else:
-                metric, mean_MD = "fvu_angular", cast(Tensor, normaliser.direction_D).expand_as(raw_MD)
-                error_M, baseline_M = (losses.angle(one, raw_MD).square() for one in (guess_MD, mean_MD))
-            yield from _ratio_rows(run, rows_M, error_M, baseline_M, metric, f"{name}/summary", note)
-
-
-def _patch_errors(pool: Pool, predicted: Pool, normaliser: Normaliser) -> tuple[Tensor, Tensor]:
-    """Squared error of the prediction and of the train mean, per image, on the coarser of the two grids."""
-    grid = min(pool.grid[0], predicted.grid[0]), min(pool.grid[1], predicted.grid[1])
-    raw_MND, guess_MND, mean_ND = (
-        cast(Tensor, tensor) for tensor in (pool.patches_MND, predicted.patches_MND, pool.mean_patches_ND)
-    )
-
-    def target(raw_BND: Tensor) -> Tensor:
-        return resample(normaliser.of_patches(raw_BND), pool.grid, grid)
-
-    mean_1ND = target(mean_ND[None])
-    errors, baselines = [], []
-    for raw_BND, guess_BND in zip(raw_MND.split(64), guess_MND.split(64), strict=True):
-        truth_BND = target(raw_BND)
-        errors.append((resample(guess_BND, predicted.grid, grid) - truth_BND).square().mean((1, 2)))
-        baselines.append((mean_1ND - truth_BND).square().mean((1, 2)))
-    return torch.cat(errors), torch.cat(baselines)
-
-
-def _ratio_rows(
-    run: Run, rows_M: np.ndarray, error_M: Tensor, baseline_M: Tensor, metric: str, target: str, note: str
-) -> Iterator[Row]:
-    patient_M = torch.as_tensor(run.manifest.patient_N[rows_M])
-    for split in ("val", "test"):
-        in_split = torch.as_tensor(np.isin(rows_M, run.manifest.rows(split)))
-        if not in_split.any():
-            continue
-        for view in map(run.manifest.view, ("", *run.job.data.groups)):
-            for group, members in view.members.items():
-                mine = in_split & torch.as_tensor(np.isin(rows_M, members))
-                estimate = metrics.fvu(error_M[mine], baseline_M[mine], patient_M[mine])
-                yield row("student", metric, (view.attribute, group), split, estimate, target=target, note=note)
+                metric, mean_D = "fvu", normaliser.of_summary(pool.summary_ND[fitted_N]).mean(0)
+                applied = normaliser
+            errors = unexplained.summaries(predicted.summary_ND, pool.summary_ND[held_N], mean_D, applied)
+            yield from unexplained.ratios(run, rows_M, served_M, *errors, metric, f"{name}/summary", note)
 
 
 def _prompted(
@@ -319,32 +355,43 @@ def _readouts(
     summaries: dict[str, Tensor | None],
     notes: list[str],
 ) -> dict[str, Readout]:
-    """The readouts of one kind by predictor, and the ensemble of the teachers; none where no probe can be fitted."""
+    """The readouts of one kind by predictor, and the ensemble of the teachers; none where no probe can be fitted.
+
+    Of a specialist they are fitted and calibrated on those whom it serves, and the ensemble hears it on them alone.
+    """
     rows_N, known_N = surveyed.rows_N, ~np.isnan(label_N)
     split_N, patient_N = run.manifest.split_N[rows_N], run.manifest.patient_N[rows_N]
     train_N, val_N = known_N & (split_N == "train"), known_N & (split_N == "val")
     readouts: dict[str, Readout] = {}
+    served_N = dict.fromkeys(summaries, np.ones(len(rows_N), bool))
+    served_N |= {f"teacher/{name}": mask_N.numpy()[rows_N] for name, mask_N in run.served.items()}
     for name, summary_ND in summaries.items():
         if summary_ND is None:
             continue
         key = (label, kind, name)
         if name == "student" or key not in surveyed.readouts:
+            fit_N, judge_N = train_N & served_N[name], val_N & served_N[name]
             if kind == "linear":
-                surveyed.readouts[key] = probes.linear(summary_ND, label_N, train_N, val_N)
+                surveyed.readouts[key] = probes.linear(summary_ND, label_N, fit_N, judge_N)
             elif kind == "zeroshot":
                 through = cast(str, zeroshot.reader(run)) if name == "student" else name.removeprefix("teacher/")
-                surveyed.readouts[key] = zeroshot.readout(surveyed.prompted[through], label, summary_ND, label_N, val_N)
+                asked = surveyed.prompted[through], label, summary_ND
+                surveyed.readouts[key] = zeroshot.readout(*asked, label_N, judge_N)
             else:
                 neighbours = run.job.evaluate.knn
-                surveyed.readouts[key] = probes.nearest(summary_ND, label_N, patient_N, train_N, val_N, neighbours)
+                surveyed.readouts[key] = probes.nearest(summary_ND, label_N, patient_N, fit_N, judge_N, neighbours)
         readout = surveyed.readouts[key]
         if readout is None:
-            notes.append(f"{label}: all train images have one class, so no probe can be fitted.")
+            whose = f" that {name} serves" if name.removeprefix("teacher/") in run.served else ""
+            notes.append(f"{label}: all train images{whose} have one class, so no probe can be fitted.")
             continue
         readouts[name] = readout
         if readout.note:
             notes.append(f"{label}, {READOUTS[kind]} of {name}: {readout.note}.")
-    teachers = [readout for name, readout in readouts.items() if name != "student"]
-    if teachers:
-        readouts["ensemble"] = Readout(np.mean([readout.scores_N for readout in teachers], axis=0))
+    teachers = {name: readout.scores_N for name, readout in readouts.items() if name != "student"}
+    heard_TN = np.array([served_N[name] for name in teachers])
+    if teachers and heard_TN.any(0).all():
+        readouts["ensemble"] = Readout(np.average(list(teachers.values()), axis=0, weights=heard_TN))
+    elif teachers:
+        notes.append(f"{label}: no teacher serves some of the images, so the teachers have no ensemble.")
     return readouts

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from agglom import __version__, evaluate, plugins, report
+from agglom import __version__, curriculum, evaluate, hosting, licences, plugins, report
 from agglom.assemble import Run, assemble
 from agglom.core import normalise
 from agglom.core.heads import Distiller, Head
@@ -25,7 +25,7 @@ from agglom.core.types import Student
 from agglom.engine import launched
 from agglom.errors import DataError
 from agglom.exported import CONFIG, HEADS, OWN, WEIGHTS, load
-from agglom.job import Job
+from agglom.job import Job, side
 from agglom.journal import disk
 from agglom.runtime import StopRequest
 from agglom.survey import survey
@@ -41,7 +41,7 @@ def main(job: Job, base: Path, out: Path) -> None:
     Raises DataError where there is no checkpoint, CacheError where it belongs to another job.
     """
     with launched() as world, StopRequest().listening(world.has_launcher) as stop:
-        run = assemble(job, base, out, world, stop)
+        run = assemble(curriculum.legs(job, out)[-1].job, base, out, world, stop)
         _, student, plain = evaluate.last_student(run)
         _, normalisers = survey(run, prompted=False)
         write(out / "export", run, student, plain, normalisers, print)
@@ -63,11 +63,10 @@ def write(
     model = copy.deepcopy(model).cpu().eval()
     for key, head in cast("dict[str, Head]", model.heads).items():
         name, kind = key.split(":")
-        affine = getattr(normalisers[name].to(torch.device("cpu")), kind)
+        affine = getattr(normalisers[name].to(torch.device("cpu")), kind, None)  # a mixer's output is no target
         if affine is not None:
             head.last = normalise.fold(affine, head.last)
-    size = run.plan.evaluate_size
-    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(run.job.seed))
+    pixels = torch.rand(2, 3, *run.plan.evaluate_size, generator=torch.Generator().manual_seed(run.job.seed))
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(_plain(student.backbone.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
@@ -77,6 +76,7 @@ def write(
             shutil.copyfile(run.job.student.kind, folder / OWN)
         (folder / CONFIG).write_text(json.dumps(_config(run, student), indent=1) + "\n")
         (folder / CARD).write_text(_card(run, student), encoding="utf-8")
+    say(licences.sentence(_taught(run)))
     say(_verify_afresh(folder))
 
 
@@ -123,6 +123,7 @@ def _verify_afresh(folder: Path) -> str:
 
 def _config(run: Run, student: Student) -> dict[str, object]:
     """timm's own keys at the top, so that `timm.create_model("local-dir:…")` reads it; ours under "agglom"."""
+    permitted, because = licences.of_student(_taught(run))
     return {
         **student.recipe,
         "num_classes": 0,
@@ -130,13 +131,20 @@ def _config(run: Run, student: Student) -> dict[str, object]:
         "agglom": {
             "version": __version__,
             "pixels": asdict(student.pixels)
-            | {"range": [0, 1], "size": input_size(student.pixels, run.plan.evaluate_size)},
+            | {"range": [0, 1], "size": side(input_size(student.pixels, run.plan.evaluate_size))},
             "student": _student(run.job),
             "heads": asdict(run.job.heads) | {"targets": {name: asdict(dims) for name, dims in run.targets.items()}},
-            "teachers": {n: {"fingerprint": t.fingerprint, "licence": t.licence} for n, t in run.teachers.items()},
+            "teachers": {name: hosting.facts(teacher) for name, teacher in run.teachers.items()},
+            "commercial_use": permitted,
+            "commercial_use_because_of": because,
             "manifest": run.manifest.digest,
         },
     }
+
+
+def _taught(run: Run) -> dict[str, str]:
+    """The licences of the teachers that the student has learnt from; others were only compared with it."""
+    return {name: run.teachers[name].licence for name in run.targets}
 
 
 def _student(job: Job) -> dict[str, object]:
@@ -161,7 +169,8 @@ def _card(run: Run, student: Student) -> str:
         student=student,
         headline=report.headline(found) if found else None,
         version=__version__,
-        licences=sorted({teacher.licence for teacher in run.teachers.values()}),
+        commercial_use=licences.of_student(_taught(run))[0],
+        verdict=licences.sentence(_taught(run)),
         notes=found.context.get("notes", []) if found else [],
     )
 

@@ -29,9 +29,10 @@ def load(folder: Path) -> Distiller:
         kind = str(folder / kind) if kind.endswith(".py") else kind
         student = plugins.build(kind, "students", stored["student"]["options"])
         student.backbone.load_state_dict(weights)
-        targets = {name: Dims(**dims) for name, dims in stored["heads"]["targets"].items()}
-        model = Distiller(student.module, student.dims, targets, stored["heads"]["hidden"], stored["heads"]["depth"])
+        settings = stored["heads"] | {"class_tokens": student.class_tokens, "levels": student.levels}
+        targets = {name: Dims(**dims) for name, dims in settings.pop("targets").items()}
+        model = Distiller(student.module, student.dims, targets, **settings)
         model.heads.load_state_dict(heads)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{folder}: not an export of agglom ({error}); write it again with `agglom export`") from error
     return model.eval()

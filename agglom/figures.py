@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agglom.findings import CHANCE, estimate, number, share, support
+from agglom.findings import CHANCE, estimate, number, share, support, sweep_sizes
 from agglom.reading import OVERALL, Place, Reading, Row, Series, Variant, unique
 
 # The area of a plot begins LEFT pixels from the left and is SIZE wide.
@@ -270,6 +270,49 @@ def _path(groups: Sequence[str], path: Mapping[str, Any] | None) -> dict[str, An
     return plot("Weight of each group over the steps", "step", ticks, lines, scale, measure="weight", table=table)
 
 
+def conflict(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How teachers agree: a heat map of their losses, one of their gradients by group, and the same as tables."""
+    if not given:
+        return None
+    columns, teachers, groups = given["columns"], given["teachers"], given["groups"]
+    spearman, pearson = given["spearman"], given["pearson"]
+    cosines = {f"all ({given['n_gradient']})": given["cosine"]}
+    cosines |= {f"{short((given['attribute'], one['group']))} ({one['n_images']})": one["cosine"] for one in groups}
+    asked = [(i, j) for i in range(len(teachers)) for j in range(i + 1, len(teachers))]
+    pulls = [(f"{teachers[i]}, {teachers[j]}", [one and one[i][j] for one in cosines.values()]) for i, j in asked]
+    together = [
+        (f"{columns[i]}, {columns[j]}", [pearson[i][j], spearman[i][j]])
+        for i in range(len(columns))
+        for j in range(i + 1, len(columns))
+    ]
+    tables = {
+        (f"losses of, {given['n_images']:,} images", "Pearson", "Spearman"): together,
+        ("gradients of, cosine", *cosines): pulls,
+    }
+    drawn = [_heat("losses, Spearman", columns, list(zip(columns, spearman, strict=True)))]
+    drawn += [_heat("gradients, cosine", list(cosines), pulls)] if pulls else []
+    return {
+        "maps": drawn,
+        "tables": [
+            {"head": list(head), "lines": [[name, *map(number, values)] for name, values in lines]}
+            for head, lines in tables.items()
+            if lines
+        ],
+    }
+
+
+def _heat(title: str, columns: Sequence[str], lines: Sequence[tuple[str, Sequence[float | None]]]) -> dict[str, Any]:
+    """Numbers from −1 to 1 as a heat map of one block."""
+
+    def cell(value: float | None) -> dict[str, Any]:
+        side = "" if value is None or round(value, 2) == 0 else "over" if value > 0 else "under"
+        text = "–" if value is None else f"{value:.2f}".replace("-", "−")
+        return {"text": text, "side": side, "strength": 0 if value is None else round(100 * min(1.0, abs(value)))}
+
+    drawn = [(name, [[cell(value) for value in values]]) for name, values in lines]
+    return {"title": "of", "stages": [title], "teachers": columns, "lines": drawn}
+
+
 def leakage(reading: Reading) -> dict[str, Any]:
     """How well a linear probe reads each group from the features of each predictor, against chance."""
     variant: Variant = ("leakage", "linear")
@@ -280,6 +323,35 @@ def leakage(reading: Reading) -> dict[str, Any]:
     }
     alone = replace(reading, cells=cells, studies=())
     return figure(alone, [(one, [variant]) for one in reading.models("")], CHANCE)
+
+
+def sweep(reading: Reading) -> list[dict[str, Any]]:
+    """Over image sizes, from small to large: what the student leaves unexplained of each teacher, then by label the
+    AUROC of the linear probes of student and teachers. All patients."""
+    sizes = sweep_sizes(reading)
+    ticks = [(round(58 + i * 230 / max(1, len(sizes) - 1), 1), size.replace("x", "×")) for i, size in enumerate(sizes)]
+    rows = {
+        (row["label"], row["predictor"], *(row["target"].rpartition("@")[::2])): row
+        for row in reading.studies
+        if row["metric"].startswith("sweep_") and (row["attribute"], row["group"]) == OVERALL
+    }
+    kinds = unique(kind for _, _, kind, _ in rows if kind)
+    names = unique(kind.rpartition("/")[0] for kind in kinds)
+    targets = [Series(kind, 1 + names.index(kind.rpartition("/")[0]), "", "student") for kind in kinds]
+    asked = [("variance unexplained", "What the student leaves unexplained, all patients", targets)]
+    asked += [(f"AUROC, {label}", f"AUROC of {label}, all patients", reading.models(label)) for label in reading.labels]
+    drawn = []
+    for measure, title, series in asked:
+        lines = []
+        for k, one in enumerate(series):
+            kind = one.name if series is targets else ""
+            found = [rows.get((one.subject, one.predictor, kind, size)) for size in sizes]
+            tone = "student" if one.mark == 0 else f"c{one.mark % 7}"
+            lines.append(line(one.name, one.mark, tone, [x + 3 * k for x, _ in ticks], found))
+        if any(one["points"] for one in lines):
+            scale = axis((row for one in lines for row in one["rows"]), size=220, whole=True)
+            drawn.append(plot(title, "image size, px", ticks, lines, scale, measure=measure))
+    return drawn
 
 
 def scarcity(reading: Reading, label: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ are shown, but no finding is drawn from them, and an undefined number is a dash 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -342,6 +343,27 @@ def _assigned(reading: Reading, attribute: str) -> str:
     return f" Whichever groups they belong to, {listed(gaps)}, before the play of chance." if gaps else ""
 
 
+def conflict_finding(given: Mapping[str, Any] | None) -> str:
+    """Which two teachers ask most different things of the student's trunk, and whether groups differ in that."""
+    names = given["teachers"] if given else []
+    pairs = [(i, j) for i in range(len(names)) for j in range(i)]
+    known = [pair for pair in pairs if given and given["cosine"][pair[0]][pair[1]] is not None]
+    if not given or not known:
+        return ""
+    i, j = min(known, key=lambda pair: given["cosine"][pair[0]][pair[1]])
+    value = given["cosine"][i][j]
+    told = f"{names[j]} and {names[i]}: cosine {number(value)} over {count(given['n_gradient'], 'image')}"
+    said = f"The gradients that pull most against each other are those of {told}"
+    if value >= 0:
+        said = f"No two teachers pull the student's trunk against each other; least alike are {told}"
+    by = [(one["cosine"][i][j], one["group"].replace("|", " · ")) for one in given["groups"] if one["cosine"]]
+    by = sorted(one for one in by if one[0] is not None)
+    if len(by) > 1:
+        (low, lowest), (high, highest) = by[0], by[-1]
+        said += f"; by group from {number(low)} ({lowest}) to {number(high)} ({highest})"
+    return f"{said}."
+
+
 # ── Studies of their own ──
 
 
@@ -367,6 +389,39 @@ def leakage_finding(reading: Reading) -> str:
     else:
         said = f"We cannot tell whether a linear probe reads any group from features: highest is {group}, {who}, AUROC"
     return f"{said} {estimate(top)}, picked as the highest of {len(known)}. {_NO_PROOF}"
+
+
+def sweep_sizes(reading: Reading) -> list[str]:
+    """The sizes of the sweep as its rows have them, `HxW`, from small to large."""
+    found = unique(row["target"].rpartition("@")[2] for row in reading.studies if row["metric"].startswith("sweep_"))
+    return sorted(found, key=lambda size: (math.prod(map(int, size.split("x"))), size))
+
+
+def sweep_finding(reading: Reading) -> str:
+    """Of which teacher's features the share that stays unexplained changes most from size to size."""
+    rows = [row for row in reading.studies if row["metric"] == "sweep_fvu" and row["value"] is not None]
+    by: dict[str, list[Row]] = {}
+    for row in rows:
+        if (row["attribute"], row["group"]) == OVERALL and not row["weak"] and None not in (row["lo"], row["hi"]):
+            by.setdefault(row["target"].rpartition("@")[0], []).append(row)
+    ends = {kind: (min(mine, key=_value), max(mine, key=_value)) for kind, mine in by.items() if len(mine) > 1}
+    if not ends:
+        return ""
+    kind, (low, high) = max(ends.items(), key=lambda item: item[1][1]["value"] - item[1][0]["value"])
+    sizes = [row["target"].rpartition("@")[2].replace("x", "×") for row in (low, high)]
+    said = (
+        f"Between sizes, what the student leaves unexplained of a teacher changes most for {kind}: "
+        f"{estimate(low)} at {sizes[0]} px, {estimate(high)} at {sizes[1]} px"
+    )
+    if low["hi"] >= high["lo"]:
+        said += "; these intervals meet, so we cannot tell whether it changes"
+    lost = [one for one, (_, most) in ends.items() if most["lo"] > 1]
+    worse = f" At some size the student is worse than a guess that sees no image for {listed(lost)}." if lost else ""
+    return f"{said}.{worse}"
+
+
+def _value(row: Row) -> float:
+    return row["value"]
 
 
 def scarcity_finding(reading: Reading, label: str) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from agglom.errors import ConfigError
 
@@ -18,7 +19,39 @@ Rate = Annotated[float, Gt(0)]
 Weight = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
-Side = Positive | tuple[Positive, Positive]  # of an image in pixels: a square, or [height, width]
+Size = tuple[int, int]  # of an image in pixels: height, width
+
+
+def _side(value: Any) -> Any:
+    """Refuses a wrong size before pydantic tries both forms and reports an error of each."""
+    if type(value) is int:
+        if value < 1:
+            raise PydanticKnownError("greater_than_equal", {"ge": 1})
+        return value
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int and side > 0 for side in value):
+        return tuple(value)
+    raise PydanticCustomError("side_type", "expected a number of pixels or [height, width]")
+
+
+# Of an image in pixels: the side of a square, or [height, width].
+Side = Annotated[Positive | tuple[Positive, Positive], BeforeValidator(_side)]
+
+
+def pair(side: int | Size) -> Size:
+    """Height and width."""
+    return (side, side) if isinstance(side, int) else side
+
+
+def side(size: Size) -> int | Size:
+    """As the configuration has it: the side of a square, or the pair."""
+    height, width = size
+    return height if height == width else size
+
+
+def show_size(size: Size) -> str:
+    """In words: 128 for a square, else height×width."""
+    height, width = size
+    return str(height) if height == width else f"{height}×{width}"
 
 
 class Section:
@@ -181,8 +214,9 @@ class Stage(Section):
     """One leg of the training. Without `teachers`, all of them.
 
     `size` is that of the images: the side of a square, or [height, width]. With `sizes`, one of them is drawn for each
-    step, the same for all teachers. With a `student` of its own, a stage starts a new one, which may learn from the
-    student of an earlier stage: a teacher of a kind that takes `stage` as an option.
+    step, the same for all teachers, and `size`, one of them, is that of the evaluation. With a `student` of its own, a
+    stage starts a new one, which may learn from the student of an earlier stage: a teacher of a kind that takes `stage`
+    as an option.
 
     The heads learn at `lr`, the trunk at `trunk_lr_scale` times it: below 1 a pretrained trunk keeps more of what it
     knows while the heads, which start at random, catch up (Kumar et al. 2022, arXiv 2202.10054).

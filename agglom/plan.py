@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agglom import config
+from agglom import config, curriculum, licences
 from agglom.errors import ConfigError
-from agglom.job import Job, duration
+from agglom.job import Job, Size, duration, pair, show_size
 
 if TYPE_CHECKING:
     from agglom.data.manifest import Manifest
@@ -23,14 +23,18 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class ResolvedStage:
-    """A stage in optimizer steps; `first_step` counts from the start of the run, `teachers` is never empty."""
+    """A stage in optimizer steps; `first_step` counts from the start of the run, `teachers` is never empty.
+
+    One of `sizes`, each (height, width), is drawn for each step; `size` is one of them, that of the evaluation.
+    """
 
     name: str
     index: int
     first_step: int
     steps: int
     warmup_steps: int
-    size: int
+    size: Size
+    sizes: tuple[Size, ...]
     teachers: tuple[str, ...]
     lr: float
     lr_end: float
@@ -48,7 +52,7 @@ class Plan:
     total_steps: int
     log_every: int
     checkpoint_every: int
-    evaluate_size: int
+    evaluate_size: Size
     warnings: tuple[str, ...]
 
 
@@ -75,6 +79,10 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
             f"balance.group: nobody is annotated with {job.balance.group!r} in {manifest.path}; "
             "choose another attribute, or balance.kind: uniform without a group"
         )
+    if (name := job.loss.moments_by) and not any(len(rows) for rows in manifest.view(name).members.values()):
+        raise ConfigError(
+            f"loss.moments_by: nobody is annotated with {name!r} in {manifest.path}; choose another attribute, or null"
+        )
     batch, samples = job.optim.batch, len(manifest.rows("train"))
     stages: list[ResolvedStage] = []
     first_step = 0
@@ -88,7 +96,9 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
             )
         teachers = stage.teachers or tuple(job.teachers)
         rates = stage.lr, stage.lr_end, stage.trunk_lr_scale
-        stages.append(ResolvedStage(stage.name, index, first_step, steps, warmup, stage.size, teachers, *rates))
+        sizes = tuple(map(pair, stage.sizes or (stage.size,)))
+        lengths = index, first_step, steps, warmup
+        stages.append(ResolvedStage(stage.name, *lengths, pair(stage.size), sizes, teachers, *rates))
         first_step += steps
 
     def interval(text: str) -> int:
@@ -102,9 +112,20 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
         total_steps=first_step,
         log_every=interval(job.log.every),
         checkpoint_every=interval(job.log.checkpoint),
-        evaluate_size=job.evaluate.size or job.stages[-1].size,
+        evaluate_size=pair(job.evaluate.size or job.stages[-1].size),
         warnings=tuple(_warnings(job, manifest)),
     )
+
+
+def document(job: Job, base: Path, world: int, manifest: Manifest) -> str:
+    """The plan of every leg of a job as Markdown. Raises ConfigError as `resolve`."""
+    legs = curriculum.parts(job)
+    texts = [render(resolve(leg, base, world, manifest), leg, manifest) for leg in legs]
+    if len(legs) == 1:
+        return texts[0]
+    ends = [leg.stages[-1].name for leg in legs]
+    titles = [f"# Plan of student {number} of {len(legs)}, until stage {end}" for number, end in enumerate(ends, 1)]
+    return "\n".join(title + text.removeprefix("# Plan") for title, text in zip(titles, texts, strict=True))
 
 
 def support(manifest: Manifest, names: Sequence[str]) -> list[Support]:
@@ -178,22 +199,23 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
         f"{plan.log_every} steps, a checkpoint every {plan.checkpoint_every}, {job.log.keep} kept",
         f"- weights: {job.balance.kind}" + (f" over {job.balance.group}" if job.balance.group else ""),
         *_prompts(job),
+        *licences.planned(job),
         "",
         "## Stages",
         "",
-        *_table(
+        *table(
             ("stage", "steps", "warm-up", "px", "lr", "epochs", "teachers", "pixels of a micro-batch"),
             [
                 (
                     stage.name,
                     stage.steps,
                     stage.warmup_steps,
-                    stage.size,
+                    ", ".join(map(show_size, stage.sizes)),
                     f"{stage.lr:g} → {stage.lr_end:g}"
                     + (f", trunk × {stage.trunk_lr_scale:g}" if stage.trunk_lr_scale != 1 else ""),
                     f"{stage.steps * plan.global_batch / max(1, sizes['train']):.1f}",
                     ", ".join(stage.teachers),
-                    f"{plan.micro * 3 * stage.size**2 * 4 / 2**20:.1f} MiB",
+                    f"{plan.micro * 3 * max(h * w for h, w in stage.sizes) * 4 / 2**20:.1f} MiB",
                 )
                 for stage in plan.stages
             ],
@@ -201,9 +223,11 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
         "",
         "## Images encoded by each teacher",
         "",
-        *_table(("teacher", "in training", "in evaluation, at most"), _forwards(plan, job, sizes)),
+        *table(("teacher", "in training", "in evaluation, at most"), _forwards(plan, job, sizes)),
         "",
-        f"The evaluation runs at {plan.evaluate_size} px before the first stage (teachers) and after each (student).",
+        f"The evaluation runs at {show_size(plan.evaluate_size)} px before the first stage (teachers) and after each "
+        "(student).",
+        *_sizes(plan, job),
     ]
     if names := _names(job):
         counts = {(c.attribute, c.group, c.split): c for c in support(manifest, names)}
@@ -217,10 +241,29 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
             remark = f"below {job.data.min_support} {split} patients" if few else ""
             shown = [f"{cell.images} ({cell.patients})" for cell in cells]
             rows.append((attribute.replace("*", "\\*"), (group or "not annotated").replace("|", "\\|"), *shown, remark))
-        lines += ["", "## Groups: images (patients)", "", *_table(("attribute", "group", *SPLITS, ""), rows)]
+        lines += ["", "## Groups: images (patients)", "", *table(("attribute", "group", *SPLITS, ""), rows)]
     if plan.warnings:
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in plan.warnings)]
     return "\n".join(lines) + "\n"
+
+
+def _sizes(plan: Plan, job: Job) -> list[str]:
+    told = []
+    if swept := sweep_sizes(plan, job):
+        told.append(f"There it also looks at the held-out sample at {', '.join(map(show_size, swept))} px.")
+    if any(len(stage.sizes) > 1 for stage in plan.stages):
+        told.append("Where a stage has several sizes, one is drawn for each step, the same for all teachers.")
+    if any(
+        height != width for height, width in (*swept, plan.evaluate_size, *(s for p in plan.stages for s in p.sizes))
+    ):
+        told.append("Sizes are height × width.")
+    return told
+
+
+def sweep_sizes(plan: Plan, job: Job) -> list[Size]:
+    """From small to large, that of the evaluation among them; none where no sweep is asked for."""
+    asked = set(map(pair, job.evaluate.sizes))
+    return sorted(asked | {plan.evaluate_size}, key=lambda size: (size[0] * size[1], size)) if asked else []
 
 
 def _prompts(job: Job) -> list[str]:
@@ -234,6 +277,9 @@ def _prompts(job: Job) -> list[str]:
 def _forwards(plan: Plan, job: Job, sizes: dict[str, int]) -> list[tuple[str, object, object]]:
     """Images per teacher; one that others derive from is encoded wherever they are, and they cost nothing more."""
     evaluated = min(sizes["train"], max(job.evaluate.probe_images, job.loss.fit_images)) + sizes["val"] + sizes["test"]
+    # The sweep keeps no features: after each stage it encodes its held-out sample again, its train sample once.
+    train, *held = (min(sizes[split], job.evaluate.fvu_images) for split in SPLITS)
+    evaluated += len(sweep_sizes(plan, job)) * (train + (1 + len(plan.stages)) * sum(held))
 
     def root(name: str) -> str:
         source = job.teachers[name].source
@@ -245,11 +291,14 @@ def _forwards(plan: Plan, job: Job, sizes: dict[str, int]) -> list[tuple[str, ob
             rows.append((name, f"from {spec.source}", f"from {spec.source}"))
             continue
         active = [stage for stage in plan.stages if name in {root(teacher) for teacher in stage.teachers}]
-        rows.append((name, sum(stage.steps for stage in active) * plan.global_batch, evaluated))
+        refits = sum(job.loss.refit == "stage" and stage.size != plan.evaluate_size for stage in active)
+        fitted = refits * min(sizes["train"], job.loss.fit_images)
+        rows.append((name, sum(stage.steps for stage in active) * plan.global_batch, evaluated + fitted))
     return rows
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a Markdown table, aligned so that it also reads well in a terminal."""
     cells = [tuple(header), *(tuple(map(str, row)) for row in rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
     lines = [

@@ -86,6 +86,14 @@ def takes(kind: str, package: str, option: str) -> bool | None:
         return None
 
 
+def given(kind: str, package: str, options: Mapping[str, Any], option: str) -> Any:
+    """The value of an option or else its default; None where a plug-in has no such option, or there is none."""
+    if not takes(kind, package, option):
+        return None
+    default = schema(kind, package).options[option].default
+    return options.get(option, None if default is None else ast.literal_eval(default))
+
+
 def problems(
     signature: Signature, options: Mapping[str, Any], injected: Collection[str] = ()
 ) -> Iterator[tuple[str | None, str]]:

@@ -6,7 +6,8 @@ Fitted on train patients; regularisation and calibration come from validation pa
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,10 +20,15 @@ CLIP = 1e-3
 
 @dataclass(frozen=True)
 class Readout:
-    """Calibrated probabilities of all rows, and how they came about."""
+    """Calibrated probabilities of all rows, and how they came about.
+
+    `read` is the linear probe for other features (N, D) of the same encoder: probabilities before calibration, clipped
+    as that clips them, so that they rank images as `scores_N` does.
+    """
 
     scores_N: np.ndarray
     note: str = ""
+    read: Callable[[Tensor], np.ndarray] | None = None
 
 
 def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N: np.ndarray) -> Readout | None:
@@ -30,6 +36,7 @@ def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N:
 
     `train_N` and `val_N` are masks of rows with a known label. None where train has a single class.
     """
+    from scipy.special import expit
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
@@ -39,10 +46,11 @@ def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N:
     x_ND = features_ND.double().numpy()
     mean_D, std_D = x_ND[train_N].mean(0), x_ND[train_N].std(0)
     # A direction that train images do not vary in carries nothing but rounding.
-    x_ND = (x_ND - mean_D) / np.where(std_D > 1e-6 * max(std_D.max(), 1e-300), std_D, np.inf)
+    scale_D = np.where(std_D > 1e-6 * max(std_D.max(), 1e-300), std_D, np.inf)
+    x_ND = (x_ND - mean_D) / scale_D
     judged = len(np.unique(label_N[val_N])) == 2
     model = LogisticRegression(max_iter=200, warm_start=True)
-    best, scores_N = np.inf, np.full(len(label_N), np.nan)
+    best, scores_N, weight_D, bias = np.inf, np.full(len(label_N), np.nan), np.zeros(x_ND.shape[1]), 0.0
     for strength in STRENGTHS if judged else (1e-3,):
         model.C = strength
         with warnings.catch_warnings():
@@ -51,8 +59,13 @@ def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N:
         found_N = model.predict_proba(x_ND)[:, 1]
         loss = log_loss(label_N[val_N], found_N[val_N], labels=[0, 1]) if judged else 0.0
         if loss < best:
-            best, scores_N = loss, found_N
-    return calibrated(scores_N, label_N, val_N)
+            best, scores_N, weight_D, bias = loss, found_N, model.coef_[0].copy(), float(model.intercept_[0])
+
+    def read(features_ND: Tensor) -> np.ndarray:
+        x_ND = (features_ND.double().numpy() - mean_D) / scale_D
+        return np.clip(expit(x_ND @ weight_D + bias), CLIP, 1 - CLIP)
+
+    return replace(calibrated(scores_N, label_N, val_N), read=read)
 
 
 def nearest(

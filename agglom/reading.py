@@ -31,7 +31,7 @@ OVERALL = ("", "all")
 # By what a label is judged, in words: a mask has no AUROC.
 MAIN = {"auroc": "AUROC", "dice": "Dice"}
 # Rows of a study of its own: their labels, places and targets are not those of the rest.
-STUDIES = ("leakage", "scarcity_", "holdout_")
+STUDIES = ("leakage", "scarcity_", "holdout_", "sweep_")
 READOUTS = {"linear": "AUROC, linear probe", "knn": "nearest neighbours", "zeroshot": "zero-shot"}
 OWN = "linear, own threshold"
 RATES = {

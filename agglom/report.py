@@ -69,15 +69,21 @@ class GroupReport:
     rows) of the stages before). All but `index` may be absent, and so may these:
 
     - `classes`: dict from a label to the names of its classes, each of which is a label `<label>=<class>`;
+    - `serves`: dict from a specialist (`teacher/<name>`) to the [attribute, groups] that it serves (see `serving`);
     - `curves`: list of dicts label, readout, predictor, attribute, group, `roc` (dict `fpr`, `tpr`: lists of equal
       length, increasing) and `calibration` (list of dicts score (mean predicted), rate (observed), lo, hi, n,
       n_patients: the bins that hold any image);
     - `weights`: dict `attribute`, `groups` (G), `teachers` (T), `stages` (list of dicts stage, weight [G][T]) and
-      `path` (dict `step` [S], `weight` [S][G]); 1 is what all weigh without balancing, null who takes no part.
+      `path` (dict `step` [S], `weight` [S][G]); 1 is what all weigh without balancing, null who takes no part;
+    - `conflict`: dict `columns` (C names `<teacher>/<kind>` of the loss table), `pearson` and `spearman` [C][C] of
+      their losses over `n_images`; `teachers` (T), `cosine` [T][T] of the gradients of their losses on the trunk,
+      `norm` [T] of the mean gradient, over `n_gradient` images; `attribute` (or null) and `groups` (list of dicts
+      group, n_images, `cosine` [T][T], null where the images are too few). A number that is not defined is null.
 
     Rows of `leakage` have the group that a probe reads in attribute and group; those of `scarcity_auroc[_gap|_worst]`
     the share of labels used in `target`, as text, and in value, lo, hi the mean and the range over seeds; those of
-    `holdout_auroc` the group trained on in `target`, "all" for everybody, and the one tested on in `group`.
+    `holdout_auroc` the group trained on in `target`, "all" for everybody, and the one tested on in `group`; those of
+    `sweep_fvu` the teacher, the kind and the image size in `target`, `teacher/kind@HxW`, of `sweep_auroc` `HxW`.
 
     NaN, infinities and array scalars become plain JSON values at construction, so `load(write(r)) == r`.
     """
@@ -108,7 +114,7 @@ def write(report: GroupReport, folder: Path) -> list[Path]:
     ]
     view = _view(report.stage, reading, past, report.context)
     texts = {
-        "json": _json(report),
+        "json": to_json(report),
         "csv": _csv(report.rows),
         "md": environment().get_template("report.md.j2").render(view),
         "html": environment().get_template("report.html.j2").render(view),
@@ -240,10 +246,14 @@ def _view(
         "more": [text for text in more if text.strip()],
         "sections": sections,
         "fvu": figures.figure(reading, [(one, [variant]) for one, variant in reading.targets()], FVU_BAR),
+        "sweep": figures.sweep(reading),
+        "resized": findings.sweep_finding(reading),
         "leakage": figures.leakage(reading),
         "revealed": findings.leakage_finding(reading),
         "charts": figures.charts([*past, (stage, reading)]),
         "weights": figures.weights(context.get("weights")),
+        "conflict": figures.conflict(context.get("conflict")),
+        "opposed": findings.conflict_finding(context.get("conflict")),
         "people": figures.people(reading, context.get("groups", ())),
         "limits": findings.limits(reading, context),
     }
@@ -342,7 +352,7 @@ def _cell(row: Row | None, intervals: bool) -> str:
     return text if not intervals or None in (row["lo"], row["hi"]) else f"{text} [{row['lo']:.2f}, {row['hi']:.2f}]"
 
 
-def _json(report: GroupReport) -> str:
+def to_json(report: GroupReport) -> str:
     """One row a line, so that reports can be compared by eye and by diff."""
     encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
     rows = ",\n".join(encode(row) for row in report.rows)
@@ -358,7 +368,7 @@ def _csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _markdown(text: Any) -> str:
+def markdown(text: Any) -> str:
     """Nothing in the name of a group or a plug-in may act as markup."""
     return "".join(f"\\{c}" if c in "\\|*_`<>[]#" else c for c in str(text)).replace("\n", " ")
 
@@ -377,7 +387,7 @@ def environment() -> jinja2.Environment:
     )
     environment.filters |= {
         **{"number": findings.number, "interval": findings.interval, "estimate": findings.estimate},
-        **{"notes": findings.gap_notes, "listed": findings.listed, "p_value": findings.p_value, "markdown": _markdown},
+        **{"notes": findings.gap_notes, "listed": findings.listed, "p_value": findings.p_value, "markdown": markdown},
     }
     environment.globals |= {"verdict": findings.verdict, "count": findings.count, "FVU_BAR": FVU_BAR}
     return environment

@@ -4,7 +4,9 @@ All are linear probes of `probes.linear`, fitted on train patients and scored on
 
 - Leakage: with what AUROC a probe reads a person's group from the features (Gichoya et al. 2022, Lancet Digit. Health
   4). What can be read need not be used (Glocker et al. 2023, eBioMedicine 89); what a linear probe does not find, other
-  readers may.
+  readers may. An attribute that a teacher was fitted on is the exception: to erase it from train patients leaves a
+  probe of those same patients nothing to find, less than nothing on others. There the probe of every predictor is
+  fitted on validation patients, whom no eraser has seen, and scored on test alone.
 - Scarcity: the probe fitted on a share of the train patients, for several draws of them. The strength of its penalty is
   chosen on all validation patients, so that shares differ in nothing but the labels fitted on; who has few labels has
   few of those too, and would do worse (Oliver et al. 2018, arXiv 1804.09170, section 4.6).
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from statistics import fmean
@@ -51,13 +53,15 @@ def rows(
     data: Data,
     evaluate: Evaluate,
     settings: Settings,
+    fitted_on: Set[str],
     readouts: Readouts,
     memory: MutableMapping[str, list[Row]],
 ) -> Iterator[Row]:
     """Every row of the studies that `evaluate` asks for, of each predictor with a summary (N, D) of the rows `rows_N`.
 
     - `leakage`: for each part of `data.groups`, each group against the other known ones (by membership, where a row
-      may be in several), the interval that of `metrics.evaluate`;
+      may be in several), the interval that of `metrics.evaluate`. Of attributes in `fitted_on`, which a teacher has
+      seen of the train patients, test alone has a value;
     - `scarcity_auroc`, its `_gap` and its `_worst`: `target` is the share, `value` the mean over seeds, `lo` and `hi`
       the least and largest;
     - `holdout_auroc`: `target` is the group fitted on, "all" for everybody, `group` the one tested on. Its status tells
@@ -72,7 +76,7 @@ def rows(
             continue
         if name == "student" or name not in memory:
             task = partial(_Task, name, summary_ND, manifest, rows_N, settings)
-            memory[name] = list(_rows(task, manifest, rows_N, data, evaluate, readouts))
+            memory[name] = list(_rows(task, manifest, rows_N, data, evaluate, fitted_on, readouts))
         yield from memory[name]
 
 
@@ -106,7 +110,7 @@ class _Task:
         return np.unique(self.patient_N[mask_N])
 
     def probe(self, fit_N: np.ndarray, val_N: np.ndarray) -> Readout | None:
-        """The probe fitted on `fit_N`. Train rows beyond those are neither standardised nor scored (NaN)."""
+        """The probe fitted on `fit_N`. Train rows beyond those are not scored (NaN)."""
         used_N = fit_N | (self.split_N != "train")
         columns = self.label_N[used_N], fit_N[used_N], val_N[used_N]
         found = probes.linear(self.summary_ND[torch.as_tensor(used_N)], *columns)
@@ -133,6 +137,7 @@ def _rows(
     rows_N: np.ndarray,
     data: Data,
     evaluate: Evaluate,
+    fitted_on: Set[str],
     readouts: Readouts,
 ) -> Iterator[Row]:
     def masks(name: str) -> Masks:
@@ -141,7 +146,8 @@ def _rows(
 
     if evaluate.leakage:
         for attribute in unique(part for name in data.groups for part in name.split("*")):
-            yield from _leakage(task, *masks(attribute), attribute in manifest.separators)
+            seen = attribute in fitted_on
+            yield from _leakage(task, *masks(attribute), several=attribute in manifest.separators, seen=seen)
     if not (evaluate.scarcity or evaluate.holdout):
         return
     views, held = [masks(name) for name in ("", *data.groups)], [masks(name) for name in evaluate.holdout]
@@ -156,19 +162,36 @@ def _rows(
 
 
 def _leakage(
-    task: Callable[[np.ndarray], _Task], attribute: str, members: dict[str, np.ndarray], several: bool
+    task: Callable[[np.ndarray], _Task], attribute: str, members: dict[str, np.ndarray], *, several: bool, seen: bool
 ) -> Iterator[Row]:
     known_N = np.logical_or.reduce(list(members.values()))
     first: Readout | None = None
     for group, mine_N in members.items():
         one = task(np.where(known_N, mine_N, np.nan))
+        fit_N, val_N = _unseen(one) if seen else (one.known("train"), one.known("val"))
         if first is not None and len(members) == 2 and not several:
             readout: Readout | None = Readout(-first.scores_N, first.note)
         else:
-            readout = first = one.probe(one.known("train"), one.known("val"))
-        note = "all train images have one class" if readout is None else readout.note
+            readout = first = one.probe(fit_N, val_N)
+        source = "validation" if seen else "train"
+        said = [f"all {source} images have one class"] if readout is None else [readout.note] if readout.note else []
+        said += [f"fitted on validation patients, as a teacher was on {attribute} of train patients"] if seen else []
         for split in one.splits:
-            yield one.row("leakage", (attribute, group), split, one.auroc(readout, one.known(split)), note=note)
+            tested_N = one.known(split)
+            if seen and split == "val":
+                if "test" in one.splits:
+                    continue
+                said, tested_N = [*said, "there are no test patients to score it on"], np.zeros(len(tested_N), bool)
+            estimate = one.auroc(readout, tested_N)
+            yield one.row("leakage", (attribute, group), split, estimate, note="; ".join(said))
+
+
+def _unseen(one: _Task) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of four fifths of the validation patients, and those of the others, who choose the penalty."""
+    val_N = one.known("val")
+    order = np.random.default_rng(one.settings.seed).permutation(one.patients(val_N))
+    judge_N = val_N & np.isin(one.patient_N, order[: len(order) // 5])
+    return val_N & ~judge_N, judge_N
 
 
 def _scarcity(

@@ -6,9 +6,10 @@ the normalisers of the targets, and the train mean that variance unexplained is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,12 +20,17 @@ from agglom import targets, zeroshot
 from agglom.assemble import Run, batches, gathered
 from agglom.core import normalise
 from agglom.core.normalise import Moments
-from agglom.core.types import Features
+from agglom.core.types import Derived, Features, Teacher
 from agglom.errors import CacheError, DataError
+from agglom.job import Size
+from agglom.plan import ResolvedStage
 from agglom.probes import Readout
 from agglom.reading import Row
 from agglom.targets import Normaliser
 from agglom.zeroshot import Prompted
+
+if TYPE_CHECKING:
+    from agglom.sweep import Guess
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Survey:
     """What rank 0 keeps: `rows_N` are manifest rows, `held_M` those of val and test on which FVU is measured.
 
     `prompted` are the prompts as each teacher with a text tower embeds them. `readouts` remembers the probes by (label,
-    kind, predictor), `studies` the rows of `studies.rows` by predictor: a frozen teacher's are made once, too.
+    kind, predictor), `studies` the rows of `studies.rows` by predictor, `guesses` what `sweep` measures by size and
+    teacher: a frozen teacher's are made once, too.
     """
 
     rows_N: np.ndarray
@@ -51,6 +58,7 @@ class Survey:
     prompted: dict[str, Prompted] = field(default_factory=dict)
     readouts: dict[tuple[str, str, str], Readout | None] = field(default_factory=dict)
     studies: dict[str, list[Row]] = field(default_factory=dict)
+    guesses: dict[Size, dict[str, Guess]] = field(default_factory=dict)
 
 
 def chosen_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -88,43 +96,94 @@ def survey(run: Run, *, prompted: bool = True) -> tuple[Survey | None, dict[str,
     return found, {name: normaliser.to(run.world.device) for name, normaliser in normalisers.items()}
 
 
+def refitted(run: Run, stage: ResolvedStage, normalisers: Mapping[str, Normaliser]) -> dict[str, Normaliser]:
+    """The normalisers of a stage: with `loss.refit: stage`, those of its teachers are fitted at its size.
+
+    Where that is the size of the evaluation they are `normalisers`. All `sizes` of a stage share the one of its `size`,
+    or the target of an image would be in other units from step to step. Fitted once and stored, as in `survey`.
+    """
+    if run.job.loss.refit == "once" or stage.size == run.plan.evaluate_size:
+        return dict(normalisers)
+    path = run.out / f"normaliser.{stage.name}.safetensors"
+    teachers = {name: run.teachers[name] for name in run.teachers if name in stage.teachers}
+    if not run.world.broadcast(run.world.on_main(lambda: _is_stored(path, teachers, run))):
+        fitted = _refit(run, list(teachers), stage.size)
+        run.world.on_main(lambda: targets.save(path, fitted, teachers, run.identity))
+    found = run.world.attempt(lambda: targets.load(path, teachers, run.identity))
+    return dict(normalisers) | {name: normaliser.to(run.world.device) for name, normaliser in found.items()}
+
+
+def _is_stored(path: Path, teachers: Mapping[str, Teacher], run: Run) -> bool:
+    try:
+        targets.load(path, teachers, run.identity)
+    except CacheError:
+        return False
+    return True
+
+
 def _fit_rows(run: Run) -> np.ndarray:
     """The train images that everything is fitted on: at most `fit_images` of those that are encoded anyway."""
     rows, most = np.intersect1d(chosen_rows(run)[0], run.manifest.rows("train")), run.job.loss.fit_images
     return np.sort(np.random.default_rng(run.job.seed).choice(rows, most, replace=False)) if len(rows) > most else rows
 
 
-def _features(run: Run, names: list[str], rows_N: np.ndarray) -> Iterator[tuple[np.ndarray, dict[str, Features]]]:
+def _features(
+    run: Run, names: list[str], rows_N: np.ndarray, size: Size
+) -> Iterator[tuple[np.ndarray, dict[str, Features]]]:
     def pieces() -> Iterator[tuple[np.ndarray, dict[str, Features]] | None]:
-        for mine, batch in batches(run, rows_N, run.plan.evaluate_size):
+        for mine, batch in batches(run, rows_N, size):
             if batch is None:
                 yield None
                 continue
             found = targets.encode(run.teachers, names, batch.pixels_BCHW.to(run.world.device))
-            yield mine, {name: _to_cpu(features) for name, features in found.items()}
+            yield mine, {name: on_cpu(features) for name, features in found.items()}
 
     return gathered(run, pieces())
 
 
-def _to_cpu(features: Features) -> Features:
-    summary, patches, (h, w) = features
+def on_cpu(features: Features) -> Features:
+    """Summary and patches in float32."""
+    summary, patches, (h, w) = features[:3]
     return Features(
         None if summary is None else summary.float().cpu(), None if patches is None else patches.float().cpu(), (h, w)
     )
 
 
+def _columns(run: Run, derived: Derived) -> dict[str, Tensor]:
+    """What a fit reads of the manifest, over its rows."""
+    manifest = run.manifest
+    columns = {name: run.spaces[name].index_N for name in (*derived.attributes, *derived.groups)}
+    columns |= {n: torch.as_tensor(manifest.numbers[n]) for n in derived.attributes if n in manifest.numbers}
+    at = {name: manifest.labels.index(name) for name in derived.labels}
+    return columns | {name: torch.as_tensor(manifest.label_NL[:, index]).double() for name, index in at.items()}
+
+
+def _sources_first(teachers: Mapping[str, Teacher]) -> list[str]:
+    def depth(name: str) -> int:
+        derived = teachers[name].derived
+        return 0 if derived is None else 1 + depth(derived.source)
+
+    return sorted(teachers, key=depth)
+
+
 def _fit_derived(run: Run) -> None:
     """Fit the derived teachers on rank 0, one after the other, and give the result to all ranks."""
-    for name, teacher in run.teachers.items():
+    size = run.plan.evaluate_size
+    for name in _sources_first(run.teachers):
+        teacher = run.teachers[name]
         derived = teacher.derived
-        if derived is None or derived.fit is None or derived.attribute is None:
+        if derived is None or derived.fit is None:
             continue
-        space = run.spaces[derived.attribute]
-        stream = _features(run, [derived.source], _fit_rows(run))
+        columns, stream = _columns(run, derived), _features(run, [derived.source], _fit_rows(run), size)
 
-        def fit(derived=derived, space=space, stream=stream, name=name) -> dict[str, Tensor]:
+        def fit(derived=derived, columns=columns, stream=stream, name=name) -> dict[str, Tensor]:
+            def pieces() -> Iterator[tuple[Features, dict[str, Tensor]]]:
+                for rows, found in stream:
+                    _require_finite(derived.source, found[derived.source])
+                    yield found[derived.source], {key: column[torch.as_tensor(rows)] for key, column in columns.items()}
+
             try:
-                derived.fit((found[derived.source], space.index_N[torch.as_tensor(rows)]) for rows, found in stream)
+                derived.fit(pieces())
             except ValueError as error:
                 raise DataError(f"teachers.{name}: cannot fit on the train patients: {error}") from error
             finally:
@@ -141,6 +200,12 @@ def _fit_derived(run: Run) -> None:
         teacher.module.load_state_dict(run.world.broadcast(state))
 
 
+def _require_finite(name: str, features: Features) -> None:
+    for kind, tensor in (("summary", features.summary_BD), ("patches", features.patches_BND)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise DataError(f"teachers.{name}: its {kind} features are not finite; check its weights and pixels")
+
+
 class _Gatherer:
     """Collects one teacher's features on rank 0."""
 
@@ -152,20 +217,20 @@ class _Gatherer:
         self.images = 0
         self.grid = (0, 0)
 
-    def add(self, name: str, features: Features, held_B: Tensor, train_B: Tensor, fit_B: Tensor) -> None:
-        summary, patches, grid = features
-        for kind, tensor in (("summary", summary), ("patches", patches)):
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise DataError(f"teachers.{name}: its {kind} features are not finite; check its weights and pixels")
+    def add(self, name: str, features: Features, held_B: Tensor, train_B: Tensor, weight_B: Tensor) -> None:
+        """`weight_B`: what an image counts in the moments of the patches, 0 if nothing is fitted on it."""
+        summary, patches, grid = features[:3]
+        _require_finite(name, features)
         if summary is not None:
             self.summaries.append(summary)
         if patches is None:
             return
         self.grid = grid
         self.patches.append(patches[held_B])
-        if fit_B.any():
+        if (fit_B := weight_B > 0).any():
             moments = self.moments or Moments.empty(patches.shape[-1])
-            self.moments = moments.update(patches[fit_B].flatten(0, 1))
+            weight_N = weight_B[fit_B].repeat_interleave(patches.shape[1])
+            self.moments = moments.update(patches[fit_B].flatten(0, 1), None if (weight_N == 1).all() else weight_N)
         if train_B.any():
             total = patches[train_B].double().sum(0)
             self.sum_ND = total if self.sum_ND is None else self.sum_ND + total
@@ -181,40 +246,83 @@ class _Gatherer:
 
 
 def _encode(run: Run) -> tuple[dict[str, Pool] | None, dict[str, Normaliser]]:
-    rows_N, held_M = chosen_rows(run)
-    train, fit = run.manifest.rows("train"), _fit_rows(run)
-    gatherers = {name: _Gatherer() for name in run.teachers}
-    # A generator that fails on rank 0 alone would leave the others waiting: the error is kept until the stream ends.
-    failure: Exception | None = None
-    for rows_B, found in _features(run, list(run.teachers), rows_N):
-        held_B, train_B, fit_B = (torch.as_tensor(np.isin(rows_B, part)) for part in (held_M, train, fit))
-        for name, features in found.items():
-            try:
-                gatherers[name].add(name, features, held_B, train_B, fit_B)
-            except DataError as error:
-                failure = failure or error
-    run.world.agree(failure)
+    (rows_N, held_M), train = chosen_rows(run), run.manifest.rows("train")
+    gatherers = _gather(run, list(run.teachers), rows_N, held_M, run.plan.evaluate_size)
     if not run.world.main:
         return None, run.world.attempt(dict)
     pools = {name: gatherer.pool() for name, gatherer in gatherers.items()}
-    train_N = torch.as_tensor(np.isin(rows_N, train))
+    trained = rows_N[np.isin(rows_N, train)]
     return pools, run.world.attempt(
-        lambda: {name: _fit(run, name, gatherers[name].moments, pools[name], train_N) for name in run.teachers}
+        lambda: {name: _fit(run, name, one, rows_N, trained) for name, one in gatherers.items()}
     )
 
 
-def _fit(run: Run, name: str, moments: Moments | None, pool: Pool, train_N: Tensor) -> Normaliser:
-    loss = run.job.loss
+def _refit(run: Run, names: list[str], size: Size) -> dict[str, Normaliser]:
+    rows_N = _fit_rows(run)
+    gatherers = _gather(run, names, rows_N, rows_N[:0], size)
+    return run.world.attempt(lambda: {name: _fit(run, name, one, rows_N, rows_N) for name, one in gatherers.items()})
+
+
+def _gather(run: Run, names: list[str], rows_N: np.ndarray, held_M: np.ndarray, size: Size) -> dict[str, _Gatherer]:
+    """One pass over `rows_N`; the gatherers are of rank 0, elsewhere there are none."""
+    train, fit = run.manifest.rows("train"), _fit_rows(run)
+    weights = run.world.attempt(lambda: {name: _weights(run, name, fit) for name in names})
+    gatherers = {name: _Gatherer() for name in names}
+    # A generator that fails on rank 0 alone would leave the others waiting: the error is kept until the stream ends.
+    failure: Exception | None = None
+    for rows_B, found in _features(run, names, rows_N, size):
+        rows = torch.as_tensor(rows_B)
+        held_B, train_B = (torch.as_tensor(np.isin(rows_B, part)) for part in (held_M, train))
+        for name, features in found.items():
+            mine_B = train_B & run.served[name][rows] if name in run.served else train_B
+            try:
+                gatherers[name].add(name, features, held_B, mine_B, weights[name][rows])
+            except DataError as error:
+                failure = failure or error
+    run.world.agree(failure)
+    return gatherers if run.world.main else {}
+
+
+def _weights(run: Run, name: str, rows_N: np.ndarray) -> Tensor:
+    """What each row of the manifest counts when moments of a teacher are taken over `rows_N`: 0 for all others.
+
+    1 for those that it serves, unless `loss.moments_by` makes their groups count the same. Raises DataError where a
+    group has a single image.
+    """
+    mine = torch.as_tensor(rows_N)
+    mine = mine[run.served[name][mine]] if name in run.served else mine
+    weight_N = torch.zeros(len(run.manifest), dtype=torch.float64)
+    weight_N[mine] = 1.0
+    if (attribute := run.job.loss.moments_by) is not None:
+        space = run.spaces[attribute]
+        group_N = space.index_N[mine]
+        count_G = torch.bincount(group_N[group_N >= 0], minlength=len(space.values)).tolist()
+        if alone := [value for value, count in zip(space.values, count_G, strict=True) if count == 1]:
+            raise DataError(
+                f"loss.moments_by: of {attribute} {', '.join(alone)} there is one image among the {len(mine)} that the "
+                f"normaliser of {name} is fitted on, and one has no spread; raise loss.fit_images, or name a coarser "
+                "attribute"
+            )
+        weight_N[mine] = normalise.balanced(group_N)
+    return weight_N
+
+
+def _fit(run: Run, name: str, found: _Gatherer, rows_N: np.ndarray, trained: np.ndarray) -> Normaliser:
+    """A teacher's normaliser from its pass over `rows_N`; its summaries count where they are of `trained` rows."""
+    loss, pool = run.job.loss, found.pool()
     try:
-        patches = None if moments is None else normalise.fit(loss.normaliser, moments, run.job.seed)
+        patches = None if found.moments is None else normalise.fit(loss.normaliser, found.moments, run.job.seed)
         if pool.summary_ND is None:
             return Normaliser(patches)
-        train = pool.summary_ND[train_N]
+        weight_N = _weights(run, name, trained)[torch.as_tensor(rows_N)]
+        train_ND, weight_N = pool.summary_ND[weight_N > 0], weight_N[weight_N > 0]
+        weighs = None if (weight_N == 1).all() else weight_N
         # After centring, the mean direction is noise: the angular losses take raw summaries (Rulings 3).
         summary = None
         if loss.normalises_summary:
-            summary = normalise.fit(loss.normaliser, Moments.empty(train.shape[-1]).update(train), run.job.seed)
-        direction, dispersion = normalise.cone(train)
+            moments = Moments.empty(train_ND.shape[-1]).update(train_ND, weighs)
+            summary = normalise.fit(loss.normaliser, moments, run.job.seed)
+        direction, dispersion = normalise.cone(train_ND, weighs)
     except ValueError as error:
         raise DataError(f"teachers.{name}: cannot fit its normaliser: {error}") from error
     return Normaliser(patches, summary, direction, dispersion)

@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from agglom import plugins
+from agglom import curriculum, hosting, licences, plugins
 from agglom.core.tokens import Conditioner, flatten_map, freeze, weights_digest
 from agglom.core.types import Derived, Dims, Features, PixelSpec, Student, Teacher, Text
 from agglom.errors import PluginError
-from agglom.job import Job
+from agglom.job import Job, TeacherSpec
 
-ATOL = 1e-4
+# How far features may differ for the company they had in the batch, by what a teacher computes in.
+ATOLS = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+ATOL = ATOLS["fp32"]
 ROUNDING = 1e-5  # where memory lies decides how a kernel sums; dropout or a random crop is far above it
 
 
@@ -53,19 +57,36 @@ def check_job(job: Job) -> str:
             return {}
         if source not in sources:
             spec = job.teachers[source]
-            sources[source] = plugins.build(spec.kind, "teachers", spec.options, **injected(source))
+            built = plugins.build(spec.kind, "teachers", spec.options, **injected(source))
+            sources[source] = _hosted(source, built, spec)
         return {"source": sources[source], "source_name": source}
 
+    legs = curriculum.parts(job)
     found = {
-        f"teachers.{name}": run(spec.kind, "teachers", spec.options, **injected(name))
+        f"teachers.{name}": run(spec.kind, "teachers", spec.options, spec, name=name, **injected(name))
+        if name in legs[0].teachers
+        else [Result("not there yet: it is, or derives from, a student of this job", True, "")]
         for name, spec in sorted(job.teachers.items())
     }
-    found["student"] = run(job.student.kind, "students", job.student.options)
+    for leg in legs:
+        name = "student" if leg is legs[0] else f"student of stage {leg.stages[0].name}"
+        found[name] = run(leg.student.kind, "students", leg.student.options)
     return _verdict(found)
 
 
-def run(kind: str, package: str, options: Mapping[str, Any], **injected: Any) -> list[Result]:
-    """The suite on one plug-in, which is built twice. Raises PluginError if it cannot be built."""
+def run(
+    kind: str,
+    package: str,
+    options: Mapping[str, Any],
+    spec: TeacherSpec | None = None,
+    *,
+    name: str | None = None,
+    **injected: Any,
+) -> list[Result]:
+    """The suite on one plug-in, which is built twice. Raises PluginError if it cannot be built.
+
+    With its part of a job, a teacher is checked as that job runs it, on the CPU.
+    """
     if package == "teachers" and plugins.takes(kind, package, "source") and "source" not in injected:
         injected = {"source": synthetic_teacher(), "source_name": "synthetic"}
 
@@ -79,7 +100,9 @@ def run(kind: str, package: str, options: Mapping[str, Any], **injected: Any) ->
     if not isinstance(first, expected) or not isinstance(second, expected):
         return [Result("type", False, f"build() must return a {expected.__name__}, got {type(first).__name__}")]
     if isinstance(first, Teacher) and isinstance(second, Teacher):
-        checks = teacher_checks(first, second, injected.get("source"))
+        if spec is not None:
+            first, second = (_hosted(name or kind, teacher, spec) for teacher in (first, second))
+        checks = teacher_checks(first, second, injected.get("source"), spec.dtype if spec else "fp32")
     else:
         checks = student_checks(cast(Student, first))
     return [_attempt(name, function) for name, function in checks]
@@ -107,17 +130,19 @@ def synthetic_teacher(width: int = 16) -> Teacher:
 
 
 def teacher_checks(
-    teacher: Teacher, again: Teacher, source: Teacher | None
+    teacher: Teacher, again: Teacher, source: Teacher | None, dtype: str = "fp32"
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The checks of a teacher; `again` is the same teacher built a second time."""
+    """The checks of a teacher; `again` is the same teacher built a second time, `dtype` what both compute in."""
     side, derived = _side(teacher.pixels), teacher.derived
     if derived is not None and derived.fit is not None and source is not None:
-        yield "fits on features and groups", lambda: _fit(teacher, again, derived, source)
-    yield from _encoder_checks(teacher.encode, teacher.dims, teacher.pixels, teacher.module, derived is not None)
+        yield "fits on features and columns of the manifest", lambda: _fit(teacher, again, derived, source)
+    parts = teacher.encode, teacher.dims, teacher.pixels, teacher.module
+    yield from _encoder_checks(*parts, derived is not None, ATOLS[dtype])
     yield "features are float32", lambda: _float32(teacher.encode(_pixels(side)))
     yield "frozen and in evaluation mode", lambda: _frozen(teacher)
     yield "fingerprint is that of a second build", lambda: _same_fingerprint(teacher, again)
     yield "licence is named", lambda: _expect(bool(teacher.licence), "a licence, or 'unknown'", teacher.licence)
+    yield "provenance tells no folder of this machine", lambda: _origin(teacher.provenance.source)
     if (load := teacher.text) is not None:
         yield "texts and summaries share a space", lambda: _shared_space(teacher, load())
 
@@ -128,6 +153,7 @@ def student_checks(student: Student) -> Iterator[tuple[str, Callable[[], None]]]
     yield "trainable: every parameter gets a gradient", lambda: _trainable(student)
     encode = _evaluation(student.module)
     yield from _encoder_checks(encode, student.dims, student.pixels, student.module, False)
+    yield "class tokens and levels are those declared", lambda: _served(encode(_pixels(_side(student.pixels))), student)
     yield "the backbone is part of the module", lambda: _backbone(student)
     yield "the recipe is JSON", lambda: _json(student.recipe)
     if "architecture" in student.recipe:
@@ -135,20 +161,28 @@ def student_checks(student: Student) -> Iterator[tuple[str, Callable[[], None]]]
 
 
 def _encoder_checks(
-    encode: Callable[[Tensor], Features], dims: Dims, pixels: PixelSpec, module: nn.Module, derived: bool
+    encode: Callable[[Tensor], Features],
+    dims: Dims,
+    pixels: PixelSpec,
+    module: nn.Module,
+    derived: bool,
+    atol: float = ATOL,
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     side = _side(pixels)
     yield "emits the declared dims", lambda: _dims(encode(_pixels(side)), dims)
-    yield "grid is that of the patch size", lambda: _grid(encode(_pixels(side)), side, pixels.patch)
+    yield "grid is that of the patch size", lambda: _grid(encode(_pixels(side)), (side, side), pixels.patch)
     if pixels.size is None:
-        larger = side + pixels.patch
-        yield "grid follows the input size", lambda: _grid(encode(_pixels(larger)), larger, pixels.patch)
+        tall = side + pixels.patch, side
+        yield (
+            "grid follows the input size, height before width",
+            lambda: _grid(encode(_pixels(tall[0])[..., :side]), tall, pixels.patch),
+        )
     yield "features are finite", lambda: _finite(encode(_pixels(side)))
     yield (
         "deterministic",
         lambda: _equal(encode(_pixels(side)), encode(_pixels(side)), ROUNDING, "equal features twice"),
     )
-    yield "independent of order and company in the batch", lambda: _independent(encode, side)
+    yield "independent of order and company in the batch", lambda: _independent(encode, side, atol)
     yield "leaves its input as it was", lambda: _pure(encode, side)
     yield "mean and std are for pixels in [0, 1]", lambda: _constants(pixels)
     if not derived:
@@ -163,6 +197,12 @@ def _attempt(name: str, function: Callable[[], None]) -> Result:
     except Exception as error:  # a plug-in may break in any way, and the other checks still have something to say
         return Result(name, False, f"{type(error).__name__}: {error}")
     return Result(name, True, "")
+
+
+def _hosted(name: str, teacher: Teacher, spec: TeacherSpec) -> Teacher:
+    """The teacher as a job makes it, on the CPU."""
+    licence = licences.resolve(name, teacher.licence, spec.licence)
+    return hosting.host(name, replace(teacher, licence=licence), spec, torch.device("cpu"))
 
 
 def _verdict(found: dict[str, list[Result]]) -> str:
@@ -208,15 +248,14 @@ def _dims(features: Features, dims: Dims) -> None:
         _expect(shape is None or (len(shape) == ndim and shape[0] == 2), f"{name} of {ndim} axes for 2 images", shape)
 
 
-def _grid(features: Features, side: int, patch: int) -> None:
+def _grid(features: Features, shape: tuple[int, int], patch: int) -> None:
     if features.patches_BND is None:
         return
     rows, columns = features.grid
-    tokens = features.patches_BND.shape[1]
+    tokens, expected = features.patches_BND.shape[1], (shape[0] // patch, shape[1] // patch)
     _expect(rows * columns == tokens, f"{rows}×{columns} patch tokens of the grid", tokens)
-    _expect(
-        features.grid == (side // patch,) * 2, f"{side // patch} cells a side ({side} px by {patch})", features.grid
-    )
+    told = f"{expected[0]}×{expected[1]} cells ({shape[0]}×{shape[1]} px by {patch})"
+    _expect(features.grid == expected, told, features.grid)
 
 
 def _finite(features: Features) -> None:
@@ -229,13 +268,13 @@ def _float32(features: Features) -> None:
         _expect(tensor.dtype == torch.float32, f"{name} in float32", str(tensor.dtype))
 
 
-def _independent(encode: Callable[[Tensor], Features], side: int) -> None:
+def _independent(encode: Callable[[Tensor], Features], side: int, atol: float) -> None:
     pixels_BCHW = _pixels(side, images=3)
     whole, turned, single = encode(pixels_BCHW), encode(pixels_BCHW.flip(0)), encode(pixels_BCHW[:1])
     for other, pick, what in ((turned, lambda x: x.flip(0), "reversed order"), (single, lambda x: x[:1], "no company")):
-        summary, patches, grid = whole
+        summary, patches, grid = whole[:3]
         wanted = Features(None if summary is None else pick(summary), None if patches is None else pick(patches), grid)
-        _equal(wanted, other, ATOL, f"the same features in {what}")
+        _equal(wanted, other, atol, f"the same features in {what}")
 
 
 def _pure(encode: Callable[[Tensor], Features], side: int) -> None:
@@ -252,13 +291,13 @@ def _constants(pixels: PixelSpec) -> None:
 
 def _conditioned(encode: Callable[[Tensor], Features], module: nn.Module, pixels: PixelSpec, side: int) -> None:
     """Some layer must have seen (pixels − mean) / std, on its way in or out."""
-    pixels_BCHW = _pixels(side)
+    pixels_BCHW = _pixels(side, images=1)  # a micro-batch may hold no more
     wanted_BCHW = Conditioner(pixels.mean, pixels.std)(pixels_BCHW)
     seen: list[bool] = []
 
     def look(layer: nn.Module, inputs: tuple, named: dict, output: Any) -> None:
         tensors = [x for x in (*inputs, *named.values(), output) if isinstance(x, Tensor)]
-        seen.extend(x.shape == wanted_BCHW.shape and torch.allclose(x, wanted_BCHW, atol=1e-5) for x in tensors)
+        seen.extend(x.shape == wanted_BCHW.shape and torch.allclose(x.float(), wanted_BCHW, atol=1e-5) for x in tensors)
 
     handles = [layer.register_forward_hook(look, with_kwargs=True) for layer in module.modules()]
     try:
@@ -281,6 +320,11 @@ def _frozen(teacher: Teacher) -> None:
 def _same_fingerprint(teacher: Teacher, again: Teacher) -> None:
     _expect(bool(teacher.fingerprint), "a fingerprint", teacher.fingerprint)
     _expect(again.fingerprint == teacher.fingerprint, teacher.fingerprint, again.fingerprint)
+
+
+def _origin(source: str) -> None:
+    _expect(bool(source), "where the weights come from, or 'unknown'", source)
+    _expect(not Path(source).is_absolute(), "a name without the folders above it", source)
 
 
 def _shared_space(teacher: Teacher, text: Text) -> None:
@@ -312,7 +356,9 @@ def _fit(teacher: Teacher, again: Teacher, derived: Derived, source: Teacher) ->
     else:
         raise Broken("expected a PluginError before the fit, got features")
     group_B = torch.tensor([0, 1, -1, 0, 1, 1, 0, 1])
-    derived.fit((source.encode(_pixels(side, len(group_B), seed)), group_B) for seed in range(8))
+    label_B = torch.tensor([0.0, 0.0, 1.0, torch.nan, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    columns = dict.fromkeys((*derived.attributes, *derived.groups), group_B) | dict.fromkeys(derived.labels, label_B)
+    derived.fit((source.encode(_pixels(side, len(group_B), seed)), columns) for seed in range(8))
     again.module.load_state_dict(teacher.module.state_dict())
     _equal(teacher.encode(_pixels(side)), again.encode(_pixels(side)), 0.0, "a fit that the state dict carries")
     shared = derived.derive(source.encode(_pixels(side)))
@@ -334,6 +380,20 @@ def _trainable(student: Student) -> None:
     unused = [name for name, parameter in student.module.named_parameters() if parameter.grad is None]
     student.module.zero_grad(set_to_none=True)
     _expect(not unused, "a gradient on every parameter", f"none on {', '.join(unused[:3])}")
+
+
+def _served(features: Features, student: Student) -> None:
+    shape, widths = None if features.tokens_BKD is None else tuple(features.tokens_BKD.shape), student.dims
+    wanted = (2, student.class_tokens, widths.summary) if student.class_tokens else None
+    _expect(shape == wanted, f"class tokens {wanted} for 2 images", shape)
+    _expect(len(features.levels) == student.levels, f"{student.levels} levels", len(features.levels))
+    for level in features.levels:
+        _dims(level, widths)
+        _expect(level.grid == features.grid, f"levels on the grid {features.grid}", level.grid)
+        tokens = None if level.tokens_BKD is None else tuple(level.tokens_BKD.shape)
+        _expect(tokens == shape, f"class tokens {shape} on every level", tokens)
+    if features.levels:
+        _equal(features.levels[-1], features, 0.0, "a last level that is the features themselves")
 
 
 def _backbone(student: Student) -> None:

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+import math
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from agglom import __version__, config, evaluate, export, plan, plugins, report, targets
+from agglom import __version__, config, curriculum, evaluate, export, plan, plugins, report, targets
 from agglom.assemble import IDENTITY, Run, assemble, build_distiller, build_student, check_identity
 from agglom.core import groups, losses, schedule
 from agglom.core.balance import Cells
 from agglom.core.losses import Column
-from agglom.core.types import Balancer, Batch, CellStats, LossTable
+from agglom.core.types import Balancer, Batch, CellStats, Features, LossTable, Student, Teacher
+from agglom.curriculum import Leg
 from agglom.data.dataset import ImageDataset
-from agglom.data.sampler import loader, stream
+from agglom.data.sampler import drawn, loader, stream
 from agglom.engine import Engine, latest, launched
 from agglom.errors import AgglomError, ConfigError, Interrupted, NumericsError
-from agglom.job import Job
+from agglom.job import Job, Size
 from agglom.journal import Journal, disk, duration
 from agglom.plan import ResolvedStage
-from agglom.runtime import StopRequest, Stopwatch, peak_memory_mib
-from agglom.survey import survey
-from agglom.targets import Normaliser
+from agglom.runtime import StopRequest, Stopwatch, World, peak_memory_mib
+from agglom.survey import refitted, survey
+from agglom.targets import Normaliser, Shift
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,18 @@ class Witness(NamedTuple):
 
 @dataclass(frozen=True)
 class Loop:
-    """What the loop works with from the first step to the last."""
+    """What the loop works with from the first step to the last; `served` is that of the run, on its device.
+
+    The heads predict targets of `normalisers`, whichever a stage learns; `shifts` by stage and size of its images.
+    """
 
     run: Run
     engine: Engine
     columns: tuple[Column, ...]
     balancer: Balancer
     normalisers: dict[str, Normaliser]
+    served: dict[str, Tensor]
+    shifts: dict[str, dict[Size, Shift]]
     journal: Journal
     stop: StopRequest
 
@@ -65,69 +74,110 @@ class Loop:
         return self.run.balance_space.values
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What a stage learns: the targets of its own `normalisers`; `since` turns what the heads predict into these."""
+
+    normalisers: dict[str, Normaliser]
+    since: dict[str, Normaliser]
+
+    @staticmethod
+    def of(loop: Loop, stage: ResolvedStage) -> Aim:
+        fitted = refitted(loop.run, stage, loop.normalisers)
+        changed = {name: one for name, one in fitted.items() if one is not loop.normalisers[name]}
+        return Aim(fitted, {name: one.since(loop.normalisers[name]) for name, one in changed.items()})
+
+
 def distill(job: Job, base: Path, out: Path, *, resume: str = "auto") -> None:
     """Run a job from its first stage, or from where an interrupted one stopped, to its export.
 
+    Where students teach later ones, one after the other: those before the last in folders of their own (`curriculum`).
     `resume` is "auto" (go on where there is a checkpoint in `out`), "never", or the path of a checkpoint.
     Raises ConfigError, PluginError, DataError, NumericsError, Interrupted: on every rank alike.
     """
+    legs = curriculum.legs(job, out)
     with launched() as world, StopRequest().listening(world.has_launcher) as stop:
-        run = assemble(job, base, out, world, stop)
-        checkpoint = world.broadcast(world.on_main(lambda: _prepare(run, resume)))
-        student = build_student(job)
-        model = build_distiller(run, student)
-        # ZeRO takes the model apart: a whole copy stays for evaluation and export.
-        plain, plain_student = copy.deepcopy((model, student))
-        engine = Engine(model, job, world)
-        balancer = _balancer(run)
-        state = _restore(run, engine, checkpoint) if checkpoint else State(0, _state(run, balancer), _no_cells(run))
-        journal = world.attempt(lambda: Journal(out, world.main, state.step))
-        try:
-            journal.say(_greeting(run, state))
-            surveyed, normalisers = survey(run)
-            loop = Loop(run, engine, run.columns, balancer, normalisers, journal, stop)
-            if state.step == 0 or not _reported(run, evaluate.TEACHERS_STAGE):
-                found = evaluate.evaluate(run, surveyed, normalisers, evaluate.TEACHERS_STAGE, None)
-                _publish(run, found, journal, 0)
-            for stage in run.plan.stages:
-                if _finished(run, stage, state):
-                    continue
-                state = train(loop, stage, state)
-                plain.load_state_dict(engine.weights())
-                found = evaluate.evaluate(run, surveyed, normalisers, stage.name, plain)
-                _publish(run, found, journal, state.step)
+        if legs[0].teaches:
+            world.on_main(lambda: _write_down(job, out, legs[0]))
+        for leg in legs:
+            _distill(leg, base, world, stop, _resume(resume, leg, legs))
+            gc.collect()  # an engine holds its own memory in cycles, and the next student needs it
+
+
+def _distill(leg: Leg, base: Path, world: World, stop: StopRequest, resume: str) -> None:
+    """One student from its first stage to its export; nothing where it is there to teach the next one."""
+    run = assemble(leg.job, base, leg.out, world, stop)
+    if leg.teaches and resume == "auto" and world.broadcast(world.on_main(lambda: _is_whole(run))):
+        return
+    checkpoint = world.broadcast(world.on_main(lambda: _prepare(run, resume, leg)))
+    student = build_student(leg.job)
+    model = build_distiller(run, student)
+    shifts = world.attempt(lambda: _shifts(run, student))
+    # ZeRO takes the model apart: a whole copy stays for evaluation and export.
+    plain, plain_student = copy.deepcopy((model, student))
+    engine = Engine(model, leg.job, world)
+    balancer = _balancer(run)
+    state = _restore(run, engine, checkpoint) if checkpoint else State(0, _state(run, balancer), _no_cells(run))
+    journal = world.attempt(lambda: Journal(leg.out, world.main, state.step))
+    try:
+        journal.say("\n".join([_greeting(run, state), *_resolutions(run, student)]))
+        surveyed, normalisers = survey(run)
+        served = {name: served_N.to(world.device) for name, served_N in run.served.items()}
+        loop = Loop(run, engine, run.columns, balancer, normalisers, served, shifts, journal, stop)
+        if state.step == 0 or not _reported(run, evaluate.TEACHERS_STAGE):
+            found = evaluate.evaluate(run, surveyed, normalisers, evaluate.TEACHERS_STAGE, None)
+            _publish(run, found, journal, 0)
+        for stage in run.plan.stages:
+            if _finished(run, stage, state):
+                continue
+            state = train(loop, stage, state)
             plain.load_state_dict(engine.weights())
-            folder = out / "export"
-            world.on_main(lambda: export.write(folder, run, plain_student, plain, normalisers, journal.say))
-            world.on_main(lambda: journal.say(_farewell(run)))
-        finally:
-            journal.close()
+            found = evaluate.evaluate(run, surveyed, normalisers, stage.name, plain)
+            _publish(run, found, journal, state.step)
+        plain.load_state_dict(engine.weights())
+        folder = leg.out / "export"
+        world.on_main(lambda: export.write(folder, run, plain_student, plain, normalisers, journal.say))
+        if leg.teaches:
+            world.on_main(lambda: _identify(folder, run.identity))
+        world.on_main(lambda: journal.say(_farewell(run)))
+    finally:
+        journal.close()
+
+
+def _resume(resume: str, leg: Leg, legs: Sequence[Leg]) -> str:
+    """A checkpoint is for the leg in whose folder it lies, else for the last; the others go on by themselves."""
+    if resume in ("auto", "never"):
+        return resume
+    inside = [one for one in legs[:-1] if Path(resume).resolve().is_relative_to(one.out.resolve())]
+    return resume if leg is (inside or legs)[-1] else "auto"
 
 
 def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
     """One stage, from `state` to its end; a checkpoint lies there whenever this returns, or is interrupted."""
     run, engine, world = loop.run, loop.engine, loop.run.world
-    feed, accumulate = _feed(run, stage, state.step), run.job.optim.accumulate
+    aim, shifts = Aim.of(loop, stage), loop.shifts[stage.name]
+    feed = _feed(run, stage, [shifts[size].view for size in stage.sizes], state.step)
+    accumulate = run.job.optim.accumulate
     end, watch, logged = stage.first_step + stage.steps, Stopwatch(), state.step
     witness: Witness | None = None
-    dispersion = {name: n.dispersion for name, n in loop.normalisers.items() if n.dispersion is not None}
+    dispersion = {name: n.dispersion for name, n in aim.normalisers.items() if n.dispersion is not None}
     engine.train()
     while state.step < end:
         batches = _read(loop, stage, state, witness, feed, accumulate)
         lr = schedule.lr(
             state.step - stage.first_step, steps=stage.steps, warmup=stage.warmup_steps, peak=stage.lr, end=stage.lr_end
         )
-        generator = _seeded(run, state.step)
+        generator, places = _seeded(run, state.step), _places(run, state.step)
+        shift = shifts[drawn(stage.sizes, run.job.seed, state.step)]
         cells = _no_cells(run)
         seen: list[tuple[Batch, LossTable]] = []
         for batch in batches:
-            wanted = _targets(loop, stage, batch)
-            _, predicted = engine(batch.pixels_BCHW)
+            predicted, wanted = _compared(loop, stage, aim, shift, places, batch)
             table = losses.table(
                 loop.columns,
                 predicted,
                 wanted,
-                set(wanted),
+                _present(loop, wanted, batch),
                 summary=run.job.loss.summary,
                 patches=run.job.loss.patches,
                 dispersion=dispersion,
@@ -153,13 +203,12 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
 # ── One step's parts ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _feed(run: Run, stage: ResolvedStage, start_step: int) -> Iterator[Batch]:
+def _feed(run: Run, stage: ResolvedStage, sizes: Sequence[Size], start_step: int) -> Iterator[Batch]:
     job = run.job
     rows_N = run.manifest.rows("train")
     dataset = ImageDataset(
         run.manifest,
         rows_N,
-        stage.size,
         job.augment,
         run.balance_space.index_N,
         job.seed,
@@ -167,6 +216,7 @@ def _feed(run: Run, stage: ResolvedStage, start_step: int) -> Iterator[Batch]:
     )
     samples = stream(
         rows_N,
+        sizes,
         seed=job.seed,
         batch=run.plan.global_batch,
         micro=run.plan.micro,
@@ -205,9 +255,49 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in batch))  # type: ignore[arg-type]
 
 
-def _targets(loop: Loop, stage: ResolvedStage, batch: Batch) -> dict[str, Any]:
-    features = targets.encode(loop.run.teachers, stage.teachers, batch.pixels_BCHW)
-    return {name: loop.normalisers[name](raw) for name, raw in features.items()}
+def _compared(
+    loop: Loop, stage: ResolvedStage, aim: Aim, shift: Shift, places: random.Random, batch: Batch
+) -> tuple[dict[str, Features], dict[str, Features]]:
+    """What the student predicts of a micro-batch and what it is asked for, on the patches that both sides see."""
+    teachers, here = loop.run.teachers, shift.draw(places)
+    root = {name: _root(teachers, name) for name in stage.teachers}
+    there = {name: shift.draw(places) for name in sorted(set(root.values()))}
+    features = targets.encode(
+        teachers, stage.teachers, batch.pixels_BCHW, lambda name, pixels_BCHW: shift.window(pixels_BCHW, there[name])
+    )
+    _, predicted = loop.engine(shift.window(batch.pixels_BCHW, here))
+    wanted = {
+        name: shift.overlap(aim.normalisers[name](raw), there[root[name]], here) for name, raw in features.items()
+    }
+    predicted = {name: aim.since[name](one) if name in aim.since else one for name, one in predicted.items()}
+    return predicted | {name: shift.overlap(predicted[name], here, there[root[name]]) for name in wanted}, wanted
+
+
+def _root(teachers: Mapping[str, Teacher], name: str) -> str:
+    """The teacher that sees the pixels: a derived one sees what its source does."""
+    derived = teachers[name].derived
+    return name if derived is None else _root(teachers, derived.source)
+
+
+def _shifts(run: Run, student: Student) -> dict[str, dict[Size, Shift]]:
+    """By stage and size of its images, how they are shifted. Raises ConfigError where they cannot be."""
+    found: dict[str, dict[Size, Shift]] = {}
+    for stage in run.plan.stages:
+        learnt = [name for name in stage.teachers if name in run.targets and run.targets[name].patches is not None]
+        specs = {name: run.teachers[_root(run.teachers, name)].pixels for name in learnt}
+        found[stage.name] = {
+            size: targets.shift(specs, student.pixels, size, run.job.loss.shift) for size in stage.sizes
+        }
+    return found
+
+
+def _present(loop: Loop, wanted: Collection[str], batch: Batch) -> Mapping[str, Tensor] | Set[str]:
+    """The teachers of a step, with whom of the batch each of them serves where there is a specialist among them."""
+    specialists = {name: served_N[batch.row_B] for name, served_N in loop.served.items() if name in wanted}
+    if not specialists:
+        return set(wanted)
+    everybody_B = torch.ones_like(batch.row_B, dtype=torch.bool)
+    return {name: specialists.get(name, everybody_B) for name in wanted}
 
 
 def _seeded(run: Run, step: int) -> torch.Generator:
@@ -215,6 +305,11 @@ def _seeded(run: Run, step: int) -> torch.Generator:
     seed = (run.job.seed * 1_000_003 + step) * 65_537 + run.world.rank
     torch.manual_seed(seed)
     return torch.Generator(run.world.device).manual_seed(seed)
+
+
+def _places(run: Run, step: int) -> random.Random:
+    """Where the windows of a step lie, by numbers on the CPU: nobody waits for the accelerator to say."""
+    return random.Random(f"{run.job.seed}/shift/{step}/{run.world.rank}")
 
 
 def _no_cells(run: Run) -> CellStats:
@@ -236,8 +331,20 @@ def _balancer(run: Run) -> Balancer:
         losses.teacher_index(run.columns).to(run.world.device),
         run.plan.global_batch,
         len(train_N),
+        _served_cells(run).to(run.world.device),
     )
     return plugins.build(run.job.balance.kind, "balancers", run.job.balance.options, cells=cells)
+
+
+def _served_cells(run: Run) -> Tensor:
+    """Groups × columns (bool): whether the column's teacher serves any train image of the group."""
+    space, train_N = run.balance_space, torch.as_tensor(run.manifest.rows("train"))
+    served_GT = torch.ones(len(space.values), len(run.columns), dtype=torch.bool)
+    for index, column in enumerate(run.columns):
+        if column.teacher in run.served:
+            group_N = space.index_N[train_N][run.served[column.teacher][train_N]]
+            served_GT[:, index] = torch.bincount(group_N[group_N >= 0], minlength=len(space.values)) > 0
+    return served_GT
 
 
 def _state(run: Run, balancer: Balancer) -> dict[str, Tensor]:
@@ -248,7 +355,9 @@ def _witness(state: State, seen: Sequence[tuple[Batch, LossTable]], before: Witn
     """This step, unless the interval already holds a step that was not finite: decided on the device, nobody waits."""
     row_B = torch.cat([batch.row_B for batch, _ in seen])
     bad_BT = torch.cat([table.valid_BT & ~torch.isfinite(table.loss_BT) for _, table in seen])
-    now = Witness(torch.tensor(state.step + 1, device=row_B.device), row_B, bad_BT)
+    # `full` writes the number on the device; `tensor` would copy it there, and wait.
+    step = torch.full((), state.step + 1, dtype=torch.int64, device=row_B.device)
+    now = Witness(step, row_B, bad_BT)
     sound = torch.isfinite(state.window.sum_GT).all()
     return now if before is None else Witness(*(torch.where(sound, n, b) for n, b in zip(now, before, strict=True)))
 
@@ -292,7 +401,9 @@ def _record(loop: Loop, stage: ResolvedStage, state: State, lr: float, measured:
     sum_GT = sum_GT / weight_T
     active = [index for index, column in enumerate(columns) if column.teacher in stage.teachers]
     mean_T = sum_GT.sum(0) / count_GT.sum(0)
-    values: dict[str, float] = {"loss": float((mean_T * weight_T)[active].sum()), "lr": lr}
+    # A specialist whom none of these images concerned has no loss.
+    known = [index for index in active if count_GT[:, index].any()]
+    values: dict[str, float] = {"loss": float((mean_T * weight_T)[known].sum()) if known else math.nan, "lr": lr}
     for index in active:
         values[f"loss/{columns[index].teacher}/{columns[index].kind}"] = float(mean_T[index])
     teachers = {name: [i for i in active if columns[i].teacher == name] for name in stage.teachers}
@@ -311,12 +422,12 @@ def _record(loop: Loop, stage: ResolvedStage, state: State, lr: float, measured:
 
 
 def _relative_weights(loop: Loop, state: State) -> Tensor:
-    """What a sample of each group weighs under each column, 1 = neutral: the balancer asked with one sample a group."""
-    device, shape = loop.run.world.device, (len(loop.values), len(loop.columns))
-    table = LossTable(torch.ones(shape, device=device), torch.ones(shape, dtype=torch.bool, device=device))
-    generator = torch.Generator(device).manual_seed(0)
-    group_G = torch.arange(len(loop.values), device=device)
-    return (loop.balancer.weigh(state.balance, table, group_G, generator) * loop.run.plan.global_batch).cpu()
+    """What a sample of each group weighs under each column, 1 = neutral: the balancer asked with one sample a group,
+    whose losses are the means of the window."""
+    sum_GT, count_GT = (tensor[: len(loop.values)] for tensor in state.window)
+    table = LossTable((sum_GT / count_GT.clamp(min=1)).float(), count_GT > 0)
+    group_G = torch.arange(len(loop.values), device=sum_GT.device)
+    return (loop.balancer.weigh(state.balance, table, group_G) * loop.run.plan.global_batch).cpu()
 
 
 def _line(
@@ -333,7 +444,7 @@ def _line(
     parts += [f"{name} {float(mean_T[indices].mean()):.3f}" for name, indices in teachers.items() if indices]
     if len(loop.values) > 1:
         active = [index for indices in teachers.values() for index in indices]
-        loss_G = mean_GT[:-1][:, active].mean(1).nan_to_num(-torch.inf)
+        loss_G = mean_GT[:-1][:, active].nanmean(1).nan_to_num(-torch.inf)
         worst = int(loss_G.argmax())
         parts.append(f"worst {loop.values[worst]} {float(loss_G[worst]):.3f}")
     rate = values["images_per_s"]
@@ -349,6 +460,20 @@ def _greeting(run: Run, state: State) -> str:
         f"agglom {__version__} {where}: {stages}, {steps} of {run.plan.global_batch} images "
         f"on {ranks} ({run.world.device.type})"
     )
+
+
+def _resolutions(run: Run, student: Student) -> Iterator[str]:
+    """How each teacher sees the images of each stage, and on which grid it is compared with the student."""
+    patch = student.pixels.patch
+    for stage in run.plan.stages:
+        for name in stage.teachers:
+            learns = name in run.targets and run.targets[name].patches is not None
+            grids = [(math.ceil(height / patch), math.ceil(width / patch)) for height, width in stage.sizes]
+            seen = [
+                targets.told(run.teachers[name].pixels, size, grid if learns else None)
+                for size, grid in zip(stage.sizes, grids, strict=True)
+            ]
+            yield f"{stage.name}  {name}: {' | '.join(seen)}"
 
 
 def _farewell(run: Run) -> str:
@@ -376,7 +501,17 @@ def _publish(run: Run, found: evaluate.Evaluation | None, journal: Journal, step
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _prepare(run: Run, resume: str) -> Path | None:
+def _write_down(job: Job, out: Path, first: Leg) -> None:
+    """The whole job before its first student, so that the same `--out` goes on from there, too."""
+    if latest(out / "checkpoints") and not first.out.is_dir():
+        raise ConfigError(f"{out} holds a run of one student, and this job has several; choose another --out")
+    with disk(out / "config.yaml"):
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "config.yaml").is_file():
+            (out / "config.yaml").write_text(config.dump(job))
+
+
+def _prepare(run: Run, resume: str, leg: Leg) -> Path | None:
     """Write down what will run, and find the checkpoint to go on from."""
     folder = run.out / "checkpoints"
     tag = latest(folder)
@@ -390,9 +525,20 @@ def _prepare(run: Run, resume: str) -> Path | None:
         check_identity(_identity(run), checkpoint)
     with disk(run.out / "config.yaml"):
         run.out.mkdir(parents=True, exist_ok=True)
-        (run.out / "config.yaml").write_text(config.dump(run.job))
-        (run.out / "plan.md").write_text(plan.render(run.plan, run.job, run.manifest))
+        (run.out / "config.yaml").write_text(config.dump(leg.written))
+        (run.out / "plan.md").write_text(plan.document(leg.written, run.base, run.world.size, run.manifest))
+        (run.out / "export" / IDENTITY).unlink(missing_ok=True)
     return checkpoint
+
+
+def _is_whole(run: Run) -> bool:
+    """Whether the student of an earlier leg is exported. Raises CacheError where it belongs to another job."""
+    folder = run.out / "export"
+    if not (folder / IDENTITY).is_file():
+        return False
+    check_identity(run.identity, folder)
+    print(f"{run.out.name}: the student is there, in {folder}", flush=True)
+    return True
 
 
 def _identity(run: Run) -> dict[str, str]:
@@ -404,12 +550,7 @@ def _save(run: Run, engine: Engine, state: State) -> Path:
     if latest(folder) == tag:
         return folder / tag
 
-    def identify() -> None:
-        with disk(folder / tag):
-            (folder / tag).mkdir(parents=True, exist_ok=True)
-            (folder / tag / IDENTITY).write_text(json.dumps(_identity(run), indent=1))
-
-    run.world.on_main(identify)
+    run.world.on_main(lambda: _identify(folder / tag, _identity(run)))
     kept = {
         "step": state.step,
         "balance": {key: value.cpu() for key, value in state.balance.items()},
@@ -417,6 +558,12 @@ def _save(run: Run, engine: Engine, state: State) -> Path:
     }
     engine.save(folder, tag, kept, run.job.log.keep)
     return folder / tag
+
+
+def _identify(folder: Path, identity: Mapping[str, str]) -> None:
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / IDENTITY).write_text(json.dumps(identity, indent=1))
 
 
 def _restore(run: Run, engine: Engine, checkpoint: Path) -> State:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from agglom.core.tokens import emitted, stride
-from agglom.core.types import Dims, Features
+from agglom.core.types import Dims, Features, Provenance
 from agglom.errors import PluginError
 
 WRAPPERS = ("state_dict", "model", "model_state_dict")
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile, and classes that wrap a network
 HEADS = ("head.fc.", "head.", "classifier.", "fc.", "head_dist.", "last_linear.")
 
 
@@ -32,7 +34,8 @@ def hub_error(kind: str, model: str, error: Exception) -> PluginError:
 def read(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a `.safetensors` or PyTorch file, never unpickling code.
 
-    A state dict nested under 'state_dict', 'model' or 'model_state_dict' is found. Raises PluginError.
+    A state dict nested under 'state_dict', 'model' or 'model_state_dict' is found, and a prefix that all of its keys
+    have from a wrapper of the network ('module.', '_orig_mod.', 'model.') is taken off. Raises PluginError.
     """
     path = Path(path)
     if not path.is_file():
@@ -41,7 +44,7 @@ def read(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
+            return _unwrapped(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError) as error:
         raise PluginError(
@@ -55,7 +58,89 @@ def read(path: str | Path) -> dict[str, Tensor]:
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise PluginError(f"checkpoint {path}: expected a state dict of tensors (keys tried: {', '.join(WRAPPERS)})")
-    return content
+    return _unwrapped(content)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            return _unwrapped({key.removeprefix(prefix): value for key, value in state.items()})
+    return state
+
+
+def file_of(kind: str, file: str) -> Path:
+    """The path of a file that a teacher is made of. Raises PluginError where there is none."""
+    path = Path(file)
+    if not path.is_file():
+        raise PluginError(f"{kind}: {path}: no such file")
+    return path
+
+
+def file_digest(paths: Iterable[Path]) -> str:
+    """sha256 over the bytes of some files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def settled_side(kind: str, model: str, shape: Sequence[Any], size: int | None) -> int | None:
+    """The side of the input of a graph whose input has this shape (B, C, H, W), where only a fixed axis is an int.
+
+    It is `size` where the graph follows its input. Raises PluginError where `size` contradicts the graph, or the graph
+    takes anything but square images of three channels, in batches of any number or one by one.
+    """
+    batch, channels, height, width = shape if len(shape) == 4 else (None, None, None, None)
+    shown = "×".join(str(axis) if isinstance(axis, int) else "any" for axis in shape)
+    fixed = height if isinstance(height, int) else width
+    square = height == width if isinstance(height, int) and isinstance(width, int) else not isinstance(fixed, int)
+    if len(shape) != 4 or not square or (isinstance(channels, int) and channels != 3):
+        raise PluginError(f"{kind}: '{model}' takes {shown}, expected images (batch, 3, side, side)")
+    if isinstance(batch, int) and batch != 1:
+        raise PluginError(
+            f"{kind}: '{model}' takes {shown}, {batch} images at a time: export it with a batch of any number, or of 1"
+        )
+    if isinstance(fixed, int) and size not in (None, fixed):
+        raise PluginError(f"{kind}: '{model}' takes images of {fixed} px only, but size is {size}; remove it")
+    return fixed if isinstance(fixed, int) else size
+
+
+def repository(model: str) -> str | None:
+    """The repository on the hub that a library's name of a model stands for; None for a local folder."""
+    name = model.removeprefix("hf-hub:").partition("@")[0]
+    return None if model.startswith("local-dir:") or Path(model).is_dir() else name
+
+
+def origin(model: str, repo: str | None) -> Provenance:
+    """Where weights come from: the repository and the commit that the hub's cache holds of it, or a local folder.
+
+    A folder or file is told by its name alone: where it lies is nobody's business.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if repo is None:
+        return Provenance(Path(model.removeprefix("local-dir:")).name)
+    wanted = model.partition("@")[2] or "main"
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model") / "refs" / wanted
+    commit = cached.read_text(encoding="utf-8").strip() if cached.is_file() else None
+    return Provenance(repo, commit or (wanted if wanted != "main" else None))
+
+
+def licence_of(model: str, repo: str | None) -> str:
+    """The licence in the model card of a repository or of a local folder; "unknown" without one."""
+    from huggingface_hub import hf_hub_download, metadata_load
+
+    folder = Path(model.removeprefix("local-dir:"))
+    try:
+        card = folder / "README.md" if repo is None else hf_hub_download(repo, "README.md")
+        said = metadata_load(card) or {}
+    except Exception:  # the hub's client raises errors of several libraries; a licence can be given by hand
+        return "unknown"
+    licence = said.get("license")
+    return str(said.get("license_name", "unknown") if licence in (None, "other") else licence)
 
 
 def load(net: nn.Module, state: dict[str, Tensor], origin: str) -> None:

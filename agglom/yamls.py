@@ -88,14 +88,20 @@ def _anchor(value: Any, key: Key, folder: Path) -> Any:
     """`value` with every relative path in it made absolute, starting at `folder`."""
     if isinstance(value, dict):
         return {name: _anchor(item, (*key, name), folder) for name, item in value.items()}
+    if isinstance(value, list) and key == ("stages",):
+        return [_anchor(item, (*key, index), folder) for index, item in enumerate(value)]
     if not isinstance(value, str):
         return value
     match key:
         case ("data", "manifest" | "root"):
             is_path = bool(value)
-        case ("teachers", _, "kind") | ("student" | "balance", "kind"):
+        case ("teachers", _, "kind") | ("student" | "balance", "kind") | ("stages", _, "student", "kind"):
             is_path = value.endswith(".py")
-        case ("teachers", _, "options", *_) | ("student" | "balance", "options", *_):
+        case (
+            ("teachers", _, "options", *_)
+            | ("student" | "balance", "options", *_)
+            | ("stages", _, "student", "options", *_)
+        ):
             is_path = value.startswith(("./", "../", "~/"))
         case _:
             is_path = False

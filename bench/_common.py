@@ -82,6 +82,6 @@ def encoded(teacher: Any, images: Iterable[Tensor], size: int) -> Tensor:
     from agglom import targets
 
     started = time.perf_counter()
-    raw_ND = torch.cat([teacher.encode(targets.resize(pixels_BCHW, size)).summary_BD for pixels_BCHW in images])
+    raw_ND = torch.cat([teacher.encode(targets.resize(pixels_BCHW, (size, size))).summary_BD for pixels_BCHW in images])
     print(f"{len(raw_ND)} images encoded at {size} px in {time.perf_counter() - started:.0f} s", flush=True)
     return raw_ND

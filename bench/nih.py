@@ -1,7 +1,8 @@
 """The record of a run on NIH ChestX-ray14 images and of the erasure benches, as Markdown in bench/results/.
 
 Reads OUT/reports/STAGE.json of `launch/distill.py --config configs/nih.yaml --out OUT` and what
-`bench/erasure.py --json` wrote, and writes nih.md and erasure.md. What is not there is left out, and said.
+`bench/erasure.py --json` wrote, and writes nih.md, erasure.md and erasure-nih1000.md. What is not there is left out,
+and said.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ OMP_NUM_THREADS=1 .venv/bin/deepspeed --num_accelerators 2 launch/distill.py --c
     --set 'stages[0].length=60 steps' --set 'stages[0].size=128' --set 'stages[0].trunk_lr_scale=0.1' \\
     --set 'stages[1].length=240 steps' --set 'stages[1].size=128' --set 'stages[1].trunk_lr_scale=0.3' \\
     --set 'stages[1].lr=1e-3'"""
-SEX = f".venv/bin/python bench/erasure.py --manifest {MANIFEST} --shrink 0.1 --json out/erasure-nih1000.json"
+SEX = f".venv/bin/python bench/erasure.py --manifest {MANIFEST} --json out/erasure-nih1000.json"
 DEVICE = ".venv/bin/python bench/erasure.py --data fashion --json out/erasure-fashion.json"
 RECORD = ".venv/bin/python bench/nih.py --out out/nih --stage full"
 
@@ -77,20 +78,23 @@ def leak(figures: dict[str, Any]) -> str:
     """The tables of an erasure bench."""
     about = figures["about"][0].upper() + figures["about"][1:]
     parts = [
-        f"{about}. {figures['repeats']} repeats, each with three disjoint sets of patients for eraser, probe and test; "
-        f"eraser's shrink {figures['shrink']:g}. Software: {figures['versions']}."
+        f"{about}. {figures['repeats']} repeats, each with three disjoint sets of patients for eraser, probe and test. "
+        f"Software: {figures['versions']}."
     ]
-    parts += [f"**{figure['title'].capitalize()}**\n\n{figure['text']}." for figure in figures["figures"]]
+    parts += [
+        f"**{figure['title'][0].upper()}{figure['title'][1:]}**\n\n{figure['text']}." for figure in figures["figures"]
+    ]
     parts.append(
-        "Value and interval are means over the repeats, of AUROC and of its interval (DeLong with Obuchowski's "
-        "variance by patient, for given eraser and probe): conservative, as the mean of equally precise estimates "
-        "varies no more than each. `drop` is raw minus erased, paired on the same images. Null inside: repeats whose "
-        "own interval holds .5 (`drop`: 0)."
+        "Value and interval are means over the repeats, of AUROC (of a number: of Spearman's correlation) and of its "
+        "interval (DeLong with Obuchowski's variance by patient, for given eraser and probe; of a correlation, a "
+        "bootstrap of patients): conservative, as the mean of equally precise estimates varies no more than each. "
+        "`drop` is raw minus erased, paired on the same images. Null inside: repeats whose own interval holds .5 "
+        "(`drop` and correlations: 0)."
     )
     return "\n\n".join(parts)
 
 
-def nih(found: report.GroupReport, figures: dict[str, Any] | None) -> tuple[str, dict[str, Any]]:
+def nih(found: report.GroupReport) -> tuple[str, dict[str, Any]]:
     """The record of the run and its figures."""
     rows, split = found.rows, found.context["split"]
     fvu, met = fvu_lines(rows)
@@ -98,7 +102,7 @@ def nih(found: report.GroupReport, figures: dict[str, Any] | None) -> tuple[str,
     parts = [
         f"# NIH ChestX-ray14 extract: student and teachers after stage `{found.stage}`",
         f"776 real chest X-rays of 197 patients; headline split `{split}`. Made on {MACHINE}; {versions()}:",
-        "```\n" + "\n".join((START, DISTIL, SEX, RECORD)) + "\n```",
+        "```\n" + "\n".join((START, DISTIL, RECORD)) + "\n```",
         "The student starts from the weights of its teacher `lite0`: its variance unexplained tells how much of "
         "`lite0` was kept, that of `dinov2` and `erased` how much was learnt.",
         "A row with a status other than `ok` has fewer than 30 patients of one class: its value is given, its interval "
@@ -119,8 +123,7 @@ def nih(found: report.GroupReport, figures: dict[str, Any] | None) -> tuple[str,
         f"### By group, `{split}`",
         group_table({**pick(rows, metric="fvu", split=split), **pick(rows, metric="fvu_angular", split=split)}),
     ]
-    if figures:
-        parts += ["## Sex as read from DINOv2 and from `erased`", leak(figures)]
+    parts.append("What is read of sex and age from `dinov2` and `erased`: [erasure-nih1000.md](erasure-nih1000.md).")
     return "\n\n".join(parts) + "\n", {"stage": found.stage, "split": split, "fvu_met": met, "rows": rows}
 
 
@@ -137,12 +140,15 @@ def main() -> None:
     written: dict[str, Any] = {}
     read = {path: json.loads(path.read_text()) for path in (options.erasure, options.fashion) if path.is_file()}
     if stage.is_file():
-        texts["nih.md"], written["nih"] = nih(report.load(stage), read.get(options.erasure))
-    if options.fashion in read:
-        written["fashion"] = read[options.fashion]
-        head = "# Erasure of a simulated device, Fashion-MNIST, DINOv2 ViT-S/14"
-        made = f"Made on {MACHINE}:\n\n```\n{DEVICE}\n{RECORD}\n```"
-        texts["erasure.md"] = f"{head}\n\n{made}\n\n{leak(read[options.fashion])}"
+        texts["nih.md"], written["nih"] = nih(report.load(stage))
+    for path, name, head, command in (
+        (options.fashion, "erasure.md", "a simulated device and exposure, Fashion-MNIST", DEVICE),
+        (options.erasure, "erasure-nih1000.md", "sex and age, 776 chest X-rays of 197 patients", SEX),
+    ):
+        if path in read:
+            written[name] = read[path]
+            made = f"Made on {MACHINE}:\n\n```\n{command}\n{RECORD}\n```"
+            texts[name] = f"# Erasure of {head}, DINOv2 ViT-S/14\n\n{made}\n\n{leak(read[path])}"
     for name, text in texts.items():
         options.results.mkdir(parents=True, exist_ok=True)
         (options.results / name).write_text(text.rstrip() + "\n", encoding="utf-8")

@@ -13,19 +13,25 @@ from torch import Tensor
 
 from agglom import exported
 from agglom.core.tokens import freeze, to_float32, weights_digest
-from agglom.core.types import Features, PixelSpec, Teacher
+from agglom.core.types import Features, PixelSpec, Provenance, Teacher
 from agglom.errors import AgglomError, PluginError
 from agglom.weights import measured
 
 
-def build(*, folder: str, head: str | None = None, size: int | None = None) -> Teacher:
+def build(
+    *, folder: str | None = None, stage: str | None = None, head: str | None = None, size: int | None = None
+) -> Teacher:
     """A frozen student with its heads.
 
-    folder: the `export/` of a run; head: serve the features that it predicts of this teacher (default: its own); size:
-    side of the input in pixels (default: that at which it was evaluated). Raises PluginError.
+    folder: the `export/` of a run; stage: instead, the last stage of an earlier student of the same job, which the
+    engine turns into that folder; head: serve the features that it predicts of this teacher (default: its own); size:
+    side of the input in pixels (default: that at which it was evaluated, where that is a square). Raises PluginError.
 
     Its licence lists those of the teachers that it learnt from.
     """
+    if folder is None:
+        missing = "folder is missing" if stage is None else f"the student of stage '{stage}' is not exported yet"
+        raise PluginError(f"teachers.checkpoint: {missing}; name the export/ of a run")
     place = Path(folder)
     try:
         model = exported.load(place)
@@ -35,7 +41,8 @@ def build(*, folder: str, head: str | None = None, size: int | None = None) -> T
     if head is not None and head not in model.teachers:
         raise PluginError(f"teachers.checkpoint: {place} has no head '{head}'; it has {', '.join(model.teachers)}")
     module = freeze(model)
-    pixels, side = stored["pixels"], size or stored["pixels"]["size"]
+    pixels = stored["pixels"]
+    side = size or (pixels["size"] if isinstance(pixels["size"], int) else None)
 
     @torch.no_grad()
     def encode(pixels_BCHW: Tensor) -> Features:
@@ -50,4 +57,5 @@ def build(*, folder: str, head: str | None = None, size: int | None = None) -> T
         pixels=PixelSpec(mean=tuple(pixels["mean"]), std=tuple(pixels["std"]), patch=pixels["patch"], size=side),
         fingerprint=weights_digest(module, f"checkpoint/{head}/{side}"),
         licence="; ".join(sorted({teacher["licence"] for teacher in stored["teachers"].values()})),
+        provenance=Provenance(f"student of {', '.join(stored['teachers'])}, by agglom {stored['version']}"),
     )

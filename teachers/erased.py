@@ -1,8 +1,8 @@
-"""A fairness-aware teacher out of any other: its features, from which no linear probe can read an attribute.
+"""A fairness-aware teacher out of any other: its features, from which no linear probe can read some attributes.
 
 LEACE (Belrose et al. 2023, arXiv 2306.03819): the least change of the features, in the least-squares sense, that
-makes them uncorrelated with the attribute. Fitted in one pass on the train patients, for summary and patches apart.
-Linear erasure is linear: a kNN or an MLP may still read the attribute; the report measures both on other patients.
+makes them uncorrelated with the attributes. Fitted in one pass on the train patients, for summary and patches apart.
+Linear erasure is linear: a kNN or an MLP may still read an attribute; the report measures both on other patients.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from agglom.core.erase import CrossMoments, leace
+from agglom.core.erase import CrossMoments, leace, oas
 from agglom.core.normalise import Moments
 from agglom.core.types import Derived, Dims, Features, Teacher
 from agglom.errors import PluginError
@@ -24,23 +24,29 @@ from agglom.errors import PluginError
 KINDS = ("summary", "patches")
 
 
-def build(*, source: Teacher, source_name: str, attribute: str, shrink: float = 0.0) -> Teacher:
-    """The teacher `source` without the linear trace of `attribute`.
+def build(
+    *, source: Teacher, source_name: str, attribute: str | list[str], shrink: float | Literal["auto"] = 0.0
+) -> Teacher:
+    """The teacher `source` without the linear trace of one attribute, or of several at once.
 
-    source, source_name: given by `source:` of the teacher, whose forward is shared; attribute: a column among
-    `data.attributes`, or a crossing `sex*view`; shrink: in [0, 1], moves the covariance towards the identity, for few
-    images. Raises PluginError; the fit raises ValueError where fewer than two groups are annotated.
+    source, source_name: given by `source:` of the teacher, whose forward is shared; attribute: among `data.attributes`
+    (of a continuous one its value goes, not its bins), or a crossing `sex*view`; shrink: in [0, 1], moves the
+    covariance towards the identity, for few images; auto: by as much as their number asks for (OAS). Raises
+    PluginError; the fit raises ValueError for an attribute that is constant or unknown.
     """
-    if not 0 <= shrink <= 1:
-        raise PluginError(f"teachers.erased: shrink is {shrink}, expected a number in [0, 1]")
-    eraser = Eraser(source.dims, f"erased({source_name}, {attribute})", shrink).eval()
-    identity = f"erased/{source.fingerprint}/{attribute}/{shrink!r}"
+    attributes = (attribute,) if isinstance(attribute, str) else tuple(attribute)
+    if not attributes or len(set(attributes)) < len(attributes):
+        raise PluginError(f"teachers.erased: attribute is {attribute}, expected one or several, each once")
+    if shrink != "auto" and not 0 <= shrink <= 1:
+        raise PluginError(f"teachers.erased: shrink is {shrink}, expected a number in [0, 1] or auto")
+    eraser = Eraser(source.dims, f"erased({source_name}, {', '.join(attributes)})", attributes, shrink).eval()
+    identity = f"erased/{source.fingerprint}/{','.join(attributes)}/{shrink!r}"
     return replace(
         source,
         module=eraser,
         encode=lambda pixels_BCHW: eraser(source.encode(pixels_BCHW)),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
-        derived=Derived(source=source_name, derive=eraser, attribute=attribute, fit=eraser.fit),
+        derived=Derived(source=source_name, derive=eraser, attributes=attributes, fit=eraser.fit),
     )
 
 
@@ -49,9 +55,9 @@ class Eraser(nn.Module):
 
     fitted: Tensor
 
-    def __init__(self, dims: Dims, name: str, shrink: float) -> None:
+    def __init__(self, dims: Dims, name: str, attributes: tuple[str, ...], shrink: float | Literal["auto"]) -> None:
         super().__init__()
-        self.name, self.shrink = name, shrink
+        self.name, self.attributes, self.shrink = name, attributes, shrink
         self.kinds = [kind for kind in KINDS if getattr(dims, kind) is not None]
         for kind in self.kinds:
             width = getattr(dims, kind)
@@ -75,24 +81,27 @@ class Eraser(nn.Module):
         return (x - (x - mean_D) @ matrix_DD.T).float()
 
     @torch.no_grad()
-    def fit(self, stream: Iterable[tuple[Features, Tensor]]) -> None:
-        """Fit on (source features, group ids of the images, −1 where not annotated), streamed once.
+    def fit(self, stream: Iterable[tuple[Features, dict[str, Tensor]]]) -> None:
+        """Fit on (source features, columns of the attributes), see `Derived`, streamed once.
 
-        A patch token has the group of its image. Raises ValueError with the counts for fewer than two groups.
+        A patch token has the group or the value of its image. Raises ValueError for an attribute that is constant or
+        unknown, by name.
         """
-        moments: dict[str, CrossMoments] = {}
-        for features, group_B in stream:
-            groups = int(group_B.max()) + 1 if len(group_B) else 0
+        images, moments, crossed = 0, dict[str, Moments](), dict[str, dict[str, CrossMoments]]()
+        for features, columns in stream:
             for kind in self.kinds:
                 x = tokens(features, kind)
                 x_ND = rearrange(x, "b ... d -> (b ...) d")
-                before = moments.get(kind) or CrossMoments.empty(x.shape[-1], 0, x.device)
-                group_N = group_B.repeat_interleave(len(x_ND) // max(1, len(x)))
-                moments[kind] = widened(before, groups).update(x_ND, group_N)
-        if not moments:
+                moments[kind] = moments.get(kind, Moments.empty(x.shape[-1])).update(x_ND)
+                mine = crossed.setdefault(kind, {name: CrossMoments.empty(x.shape[-1]) for name in self.attributes})
+                for name in self.attributes:
+                    mine[name] = mine[name].update(x_ND, columns[name].repeat_interleave(len(x_ND) // max(1, len(x))))
+            images += len(x)
+        if not images:
             raise ValueError("erasure: there is no image to fit it on")
         for kind in self.kinds:
-            mean_D, matrix_DD = leace(moments[kind], self.shrink)
+            shrink = oas(moments[kind], images) if self.shrink == "auto" else self.shrink
+            mean_D, matrix_DD = leace(moments[kind], crossed[kind], shrink)
             getattr(self, f"{kind}_mean_D").copy_(mean_D)
             getattr(self, f"{kind}_matrix_DD").copy_(matrix_DD)
         self.fitted.fill_(True)
@@ -104,11 +113,3 @@ def tokens(features: Features, kind: str) -> Tensor:
     found = features.summary_BD if kind == "summary" else features.patches_BND
     assert found is not None
     return found
-
-
-def widened(moments: CrossMoments, groups: int) -> CrossMoments:
-    """The same moments with room for `groups` groups: those that nobody had so far have mean and scatter 0."""
-    more = max(0, groups - moments.groups)
-    joint = moments.joint
-    mean_D, scatter_DD = F.pad(joint.mean_D, (0, more)), F.pad(joint.scatter_DD, (0, more, 0, more))
-    return CrossMoments(moments.groups + more, Moments(joint.count, mean_D, scatter_DD))

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agglom.core.tokens import Conditioner, flatten_map, freeze, to_float32, weights_digest
-from agglom.core.types import Features, PixelSpec, Teacher, Text
+from agglom.core.types import Features, PixelSpec, Provenance, Teacher, Text
 from agglom.errors import PluginError
-from agglom.weights import hub_error, measured
+from agglom.weights import hub_error, licence_of, load, measured, origin, read, repository
 
 
 def build(*, model: str, pretrained: str | None = None, size: int | None = None) -> Teacher:
     """A frozen vision tower; the text tower is loaded where prompts ask for it.
 
     model: a name of OpenCLIP (`ViT-B-32`), `hf-hub:…` or `local-dir:…` (a folder with `open_clip_config.json` and
-    weights); pretrained: tag or local file, needed with a bare name; size: side of the input in pixels (default:
+    weights); pretrained: tag, or local file with the state dict of both towers (as a training loop saves it: see
+    `agglom.weights.read`), needed with a bare name; size: side of the input in pixels (default:
     that of the model; position embeddings are resampled once). Raises PluginError.
 
     The summary is the image embedding in the space shared with text, the patches are the tokens of the last block,
@@ -55,15 +57,32 @@ def build(*, model: str, pretrained: str | None = None, size: int | None = None)
     dims, grid = measured("teachers.open_clip", model, encode, 1, height)
     # A folder may move; what lies in it is in the digest.
     name = "local" if model.startswith("local-dir:") else model
+    provenance, licence = _origin(model, pretrained)
     return Teacher(
         module=tower,
         encode=encode,
         dims=dims,
         pixels=PixelSpec(mean=mean, std=std, patch=height // grid[0], size=height),
         fingerprint=weights_digest(tower, f"open_clip/{name}/{mean}/{std}/{height}"),
-        licence="unknown",
+        licence=licence,
+        provenance=provenance,
         text=partial(_text, model, pretrained),
     )
+
+
+def _origin(model: str, pretrained: str | None) -> tuple[Provenance, str]:
+    """Where the weights come from, and their licence where the hub tells it."""
+    from open_clip.pretrained import get_pretrained_cfg
+
+    if pretrained is None:
+        repo, name = repository(model), model
+    elif _is_state(pretrained):
+        return Provenance(Path(pretrained).name), "unknown"
+    else:
+        # Written "owner/name/" or "owner/name/file".
+        repo = "/".join(get_pretrained_cfg(model, pretrained).get("hf_hub", "").split("/")[:2]) or None
+        name = f"{model} {pretrained}"
+    return origin(name, repo), licence_of(name, repo)
 
 
 def _text(model: str, pretrained: str | None) -> Text:
@@ -94,12 +113,40 @@ def _text(model: str, pretrained: str | None) -> Text:
     return Text(embed, lambda summary_BD: summary_BD, net.logit_scale.exp().item())
 
 
+def _is_state(pretrained: str | None) -> bool:
+    """Whether weights are a state dict in a local file; arrays of big_vision are for the library to read."""
+    return pretrained is not None and Path(pretrained).is_file() and Path(pretrained).suffix not in (".npz", ".npy")
+
+
 def _create(model: str, pretrained: str | None, size: int | None = None) -> Any:
     import open_clip
 
     try:
+        if pretrained is not None and _is_state(pretrained):
+            net = open_clip.create_model(model, force_image_size=size, pretrained_text=False)
+            load(net, _converted(net, read(pretrained)), pretrained)
+            return net
         return open_clip.create_model(
             model, pretrained=pretrained, force_image_size=size, pretrained_text=False, require_pretrained=True
         )
+    except PluginError:
+        raise
     except Exception as error:  # the hub's client raises errors of several libraries
         raise hub_error("teachers.open_clip", model, error) from error
+
+
+def _converted(net: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as the network names and shapes it; positions are resampled where the size of the input differs."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+
+    state = convert_state_dict(net, state)
+    if "positional_embedding" in state and not hasattr(net, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for key in ("logit_scale", "logit_bias"):
+        own = getattr(net, key, None)
+        if key in state and own is not None:
+            state[key] = state[key].reshape(own.shape)
+    resize_pos_embed(state, net)
+    resize_text_pos_embed(state, net)
+    return state

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from agglom.core.tokens import TimmEncoder, freeze, to_float32, weights_digest
-from agglom.core.types import Features, PixelSpec, Teacher
+from agglom.core.types import Features, PixelSpec, Provenance, Teacher
 from agglom.errors import PluginError
 from agglom.weights import measured
 
@@ -99,6 +99,7 @@ def build(*, model: Literal["dinov2_vits14", "efficientnet_lite0", "mobilenetv2"
         pixels=PixelSpec(mean=mean, std=std, patch=patch, size=size),
         fingerprint=weights_digest(net, f"packaged/{model}/{size}"),
         licence=package.licence,
+        provenance=Provenance(*package.install.split()[-1].split("==")),
     )
 
 

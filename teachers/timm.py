@@ -6,11 +6,13 @@ authors chose, which is reported where timm knows it.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 
 from agglom.core.tokens import TimmEncoder, freeze, to_float32, weights_digest
-from agglom.core.types import Features, PixelSpec, Teacher
-from agglom.weights import measured, timm_network
+from agglom.core.types import Features, PixelSpec, Provenance, Teacher
+from agglom.weights import measured, origin, repository, timm_network
 
 
 def build(*, model: str, pretrained: bool = True, checkpoint: str | None = None, size: int | None = None) -> Teacher:
@@ -32,6 +34,12 @@ def build(*, model: str, pretrained: bool = True, checkpoint: str | None = None,
         return to_float32(module(pixels_BCHW))
 
     dims, _ = measured("teachers.timm", model, encode, patch, side)
+    if checkpoint is not None:
+        provenance = Provenance(Path(checkpoint).name)
+    elif pretrained:
+        provenance = origin(model, repository(model) if ":" in model else cfg.get("hf_hub_id"))
+    else:
+        provenance = Provenance(f"{model}, random weights")
     return Teacher(
         module=module,
         encode=encode,
@@ -40,4 +48,5 @@ def build(*, model: str, pretrained: bool = True, checkpoint: str | None = None,
         fingerprint=weights_digest(net, f"timm/{cfg.get('architecture') or model}/{mean}/{std}/{side}"),
         # Weights from elsewhere have not the licence of those that timm publishes under this name.
         licence="unknown" if checkpoint else cfg.get("license") or "unknown",
+        provenance=provenance,
     )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from agglom.core.tokens import Conditioner, flatten_map, freeze, grid_of, split_prefix, to_float32, weights_digest
 from agglom.core.types import Features, PixelSpec, Teacher, Text
 from agglom.errors import PluginError
-from agglom.weights import follows, hub_error, measured
+from agglom.weights import follows, hub_error, licence_of, measured, origin, repository
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -59,6 +59,7 @@ def build(*, model: str, size: int | None = None) -> Teacher:
     prompted = len(absent) == len(missing) and _shares_space(net, module, native)
     # The settings that are not weights; a folder may move, so its path is none of them.
     settings = {k: v for k, v in tower.config.to_dict().items() if k[0] != "_" and k != "transformers_version"}
+    repo = repository(model)
     identity = json.dumps([settings, constants, size], sort_keys=True, default=str)
     return Teacher(
         module=module,
@@ -66,7 +67,8 @@ def build(*, model: str, size: int | None = None) -> Teacher:
         dims=dims,
         pixels=PixelSpec(mean=constants[0], std=constants[1], patch=patch, size=size),
         fingerprint=weights_digest(tower, f"transformers/{identity}"),
-        licence="unknown",
+        licence=licence_of(model, repo),
+        provenance=origin(model, repo),
         text=partial(_text, model) if prompted else None,
     )
 

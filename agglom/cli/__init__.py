@@ -24,7 +24,7 @@ VERBS = {
     "compare": "print student against teachers, run against run or stage against stage, with a verdict at a margin",
     "export": "write the student of a run as safetensors, with a model card",
     "list": "show the plug-ins there are, with their options",
-    "check": "run the contract suite on a plug-in",
+    "check": "run the contract suite on a plug-in, or examine the teachers of a job",
 }
 LAUNCHED = ("--local_rank", "--deepspeed")
 # An issue may add rows for its own verb; a test holds the rest.
@@ -42,7 +42,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     ),
     "export": ("--config", "--set", "--out", "--debug", *LAUNCHED),
     "list": ("--debug",),
-    "check": ("--config", "--set", "--debug"),
+    "check": ("--config", "--set", "--doctor", "--out", "--debug"),
 }
 _ARGUMENTS: dict[str, dict[str, object]] = {
     "--config": {"metavar": "FILE", "help": "the job, a YAML file (default: OUT/config.yaml where a run left one)"},
@@ -75,6 +75,11 @@ _ARGUMENTS: dict[str, dict[str, object]] = {
     "--split": {"choices": ("test", "val"), "help": "the split (default: test, or val where there is no test)"},
     "--stages": {"action": "store_true", "help": "each stage minus the one before"},
     "--report": {"metavar": "DIR", "help": "write what is found as DIR/compare.{json,csv,md,html}, too"},
+    "--doctor": {
+        "action": "store_true",
+        "help": "examine the teachers of --config on its images, before a step is trained; with --out, write doctor.md "
+        "and doctor.json there",
+    },
     "--debug": {"action": "store_true", "help": "show the traceback of an error"},
     "--deepspeed_config": {"metavar": "FILE", "help": "DeepSpeed's own keys as JSON, merged under engine.deepspeed"},
     "--world": {"type": int, "default": 1, "metavar": "N", "help": "plan for N ranks (default 1)"},
@@ -188,35 +193,37 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.world < 1:
         raise ConfigError(f"--world {arguments.world}: a run has at least 1 rank")
     job, base = _load(arguments, out)
-    from agglom import config, plan
+    from agglom import config, curriculum, plan
     from agglom.data import manifest as manifests
 
     config.deepspeed(job, arguments.world)
     manifest = manifests.load(job.data, base)
-    text = plan.render(plan.resolve(job, base, arguments.world, manifest), job, manifest)
+    text = plan.document(job, base, arguments.world, manifest)
     if arguments.params:
-        text += _parameters(job)
+        legs = curriculum.parts(job)
+        for leg in legs:
+            text += _parameters(leg, "Student" if len(legs) == 1 else f"Student of stage {leg.stages[0].name}")
     if out:
         (out / "plan.md").write_text(text, encoding="utf-8")
     print(text, end="")
     return 0
 
 
-def _parameters(job) -> str:
-    """Parameters of the student, built on the meta device: no weights, no memory, no network."""
+def _parameters(leg, title: str) -> str:
+    """Parameters of a leg's student, built on the meta device: no weights, no memory, no network."""
     import torch
 
     from agglom import plugins
 
     bare = {"pretrained": False, "checkpoint": None}
-    options = job.student.options | {key: bare[key] for key in bare if key in job.student.options}
+    options = leg.student.options | {key: bare[key] for key in bare if key in leg.student.options}
     with torch.device("meta"):
-        student = plugins.build(job.student.kind, "students", options)
+        student = plugins.build(leg.student.kind, "students", options)
     count = sum(parameter.numel() for parameter in student.module.parameters())
     # fp32 weights and two Adam moments; bf16 keeps them all and a half-width copy.
-    size = count * (12 if job.engine.precision == "fp32" else 14) / 2**20
+    size = count * (12 if leg.engine.precision == "fp32" else 14) / 2**20
     return (
-        f"\n## Student\n\n{count / 1e6:.2f} M parameters without heads, summary {student.dims.summary}, patches "
+        f"\n## {title}\n\n{count / 1e6:.2f} M parameters without heads, summary {student.dims.summary}, patches "
         f"{student.dims.patches}; a checkpoint takes {size:.0f} MiB and the heads.\n"
     )
 
@@ -310,6 +317,10 @@ def _list(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     if (arguments.plugin is None) == (arguments.config is None):
         raise ConfigError("check: name a plug-in (agglom check teachers/timm --set model=…) or a job with --config")
+    if arguments.doctor:
+        return _doctor(arguments)
+    if arguments.out:
+        raise ConfigError("check: --out belongs to --doctor; the contract suite is only printed")
     if arguments.config:
         job, _ = _load(arguments)
         from agglom import testing
@@ -324,6 +335,17 @@ def _check(arguments: argparse.Namespace) -> int:
     from agglom import testing
 
     print(testing.check(kind, package, options))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    if not arguments.config:
+        raise ConfigError("check: --doctor examines the teachers of a job; name it with --config")
+    out = _out(arguments) if arguments.out else None
+    job, base = _load(arguments)
+    from agglom import doctor
+
+    print(doctor.main(job, base, out), end="")
     return 0
 
 

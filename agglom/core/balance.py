@@ -4,7 +4,7 @@ The objective is Σ_g q_g·ℓ_g. A sample i of group g, drawn with probability 
 therefore weighs w = q_g / (p_g·B), B the global batch (Ruling 6): in expectation the gradient is that of the objective,
 whatever the groups of one batch. A sample without annotation weighs the neutral 1/B. Σ q = Σ p over the groups.
 
-Shape suffixes: B batch, T columns of the table, G groups.
+Shape suffixes: B batch, T columns of the table, S teachers, G groups.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Cells:
 
     `share_G`: each group's share under the sampler, over all rows, those without annotation included. `teacher_T`:
     column → teacher index (int64). `batch`: the global batch. `rows`: training rows, for a generalisation adjustment.
+    `served_GT`: the cells that can occur, all by default; a specialist has none in the groups that it does not serve.
     Tensors lie on the device of the table, and so does the state.
     """
 
@@ -33,6 +34,7 @@ class Cells:
     teacher_T: Tensor
     batch: int
     rows: int = 0
+    served_GT: Tensor | None = None
 
 
 def uniform(*, cells: Cells) -> Balancer:
@@ -61,9 +63,10 @@ def group_dro(
 ) -> Balancer:
     """Group DRO on the distillation loss: q_g ← q_g·exp(η·(ℓ̄_g + C/√n_g)), normalised (Sagawa 2020; 2311.00476).
 
-    ℓ̄_g: the teachers' losses (columns summed) averaged over the teachers of the step, as a moving average in which a
-    new value counts `ema`. C is `adjustment`, n_g the training rows of the group. q starts at the shares, so training
-    starts uniform; a group absent from a step keeps its weight and the others share theirs; q_g ≤ `cap`·p_g.
+    ℓ̄_g: the teachers' losses (columns summed) averaged over the teachers of the step that serve the group, as a moving
+    average in which a new value counts `ema`. C is `adjustment`, n_g the training rows of the group. q starts at the
+    shares, so training starts uniform; a group absent from a step keeps its weight and the others share theirs;
+    q_g ≤ `cap`·p_g.
     State: `q_G`; `loss_GT`, the moving average of each cell, 0 where `seen_GT` is false.
     Raises ValueError unless η ≥ 0, 0 < ema ≤ 1, adjustment ≥ 0 (with `cells.rows`), cap ≥ 1.
     """
@@ -77,6 +80,8 @@ def group_dro(
     share_G = cells.share_G.double()
     bonus_G = adjustment / (share_G * max(1, cells.rows)).sqrt() if adjustment else torch.zeros_like(share_G)
     teachers = int(cells.teacher_T.max()) + 1
+    everywhere_GT = torch.ones(len(share_G), len(cells.teacher_T), dtype=torch.bool, device=share_G.device)
+    served_GT = everywhere_GT if cells.served_GT is None else cells.served_GT
 
     def init() -> State:
         loss_GT = share_G.new_zeros(len(share_G), len(cells.teacher_T))
@@ -90,10 +95,10 @@ def group_dro(
         loss_GT = torch.where(now_GT, moved_GT, state["loss_GT"])
         seen_GT = seen_GT | now_GT
         # Only the columns of this step, whose teachers take part, and only groups whose mean over them is known.
-        active_T = now_GT.any(0)
-        active = share_G.new_zeros(teachers).index_add(0, cells.teacher_T, active_T.double()).count_nonzero()
-        loss_G = (loss_GT * active_T).sum(1) / active.clamp(min=1)
-        ready_G = now_GT.any(1) & (seen_GT | ~active_T).all(1)
+        active_GT = now_GT.any(0) & served_GT
+        active_G = share_G.new_zeros(len(share_G), teachers).index_add(1, cells.teacher_T, active_GT.double())
+        loss_G = (loss_GT * active_GT).sum(1) / active_G.count_nonzero(1).clamp(min=1)
+        ready_G = now_GT.any(1) & (seen_GT | ~active_GT).all(1)
         mass_G = torch.where(ready_G, state["q_G"], 0.0)
         # The largest exponent is subtracted: it cancels in the normalisation, and exp cannot overflow.
         exponent_G = torch.where(ready_G, eta * (loss_G + bonus_G), -torch.inf)
@@ -102,6 +107,72 @@ def group_dro(
         return {"q_G": torch.where(ready_G, q_G, state["q_G"]), "loss_GT": loss_GT, "seen_GT": seen_GT}
 
     return Balancer(init, _weigh_by_group(cells), update)
+
+
+def teacher_dropping(*, cells: Cells, p: float = 0.5) -> Balancer:
+    """Per image, the teacher with the largest loss is kept and each other one dropped with probability p (UNIC, arXiv
+    2408.05088; DUNE, arXiv 2503.14405): (1/B)·Σ_i S_i·Σ_s c_is·L_is / Σ_s c_is, L_is the sum of the teacher's columns.
+
+    UNIC's code divides by Σ c of the batch, so an image that keeps more teachers weighs more, and the weight depends on
+    who else is in the batch. Here every image weighs the same. S_i, the number of its teachers, makes p = 0 `uniform`.
+    Without a generator the weights are their expectation over the draw, NaN without a loss. Groups play no part.
+    Raises ValueError unless 0 ≤ p ≤ 1.
+    """
+    _require("teacher_dropping", p=(p, 0 <= p <= 1, "in [0, 1]"))
+    teachers = int(cells.teacher_T.max()) + 1
+
+    def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        loss_BT, valid_BT = table.loss_BT.detach(), table.valid_BT
+        zeros_BS = loss_BT.new_zeros(len(loss_BT), teachers)
+        loss_BS = zeros_BS.index_add(1, cells.teacher_T, loss_BT.masked_fill(~valid_BT, 0.0))
+        taught_BS = zeros_BS.index_add(1, cells.teacher_T, valid_BT.to(zeros_BS)) > 0
+        count_B1 = taught_BS.sum(1, keepdim=True)
+        largest_B1 = loss_BS.masked_fill(~taught_BS, -torch.inf).argmax(1, keepdim=True)
+        hardest_BS = taught_BS & (torch.arange(teachers, device=loss_BT.device) == largest_B1)
+        if generator is None:
+            # E[1 / (1 + X)] of the binomial X of the others that are kept (Chao and Strawderman 1972).
+            kept_B1 = 1.0 if p == 1 else (1 - p**count_B1) / (count_B1 * (1 - p)).clamp(min=1e-12)
+            others_B1 = (1 - kept_B1) / (count_B1 - 1).clamp(min=1)
+            part_BS = torch.where(hardest_BS, kept_B1, others_B1).masked_fill(count_B1 == 0, torch.nan)
+        else:
+            drawn_BS = torch.rand(zeros_BS.shape, generator=generator, device=loss_BT.device) >= p
+            keep_BS = taught_BS & (drawn_BS | hardest_BS)
+            part_BS = keep_BS.to(loss_BT) / keep_BS.sum(1, keepdim=True).clamp(min=1)
+        return (part_BS * count_B1 / cells.batch).to(loss_BT.dtype)[:, cells.teacher_T]
+
+    return Balancer(dict, weigh, lambda state, stats: state)
+
+
+def ada_loss(*, cells: Cells, ema: float = 0.1, floor: float = 1e-3) -> Balancer:
+    """Each teacher's loss over its own moving average: Σ_s L_s / stopgrad(L̄_s) (AdaLoss, AM-RADIO, arXiv 2312.06709).
+
+    L_s is the sum of the teacher's columns, averaged over all samples; a new value counts `ema`. A teacher weighs the
+    neutral 1 until its first step is done, and no more than 1 / `floor`. Only useful where the scales of the teachers
+    are equal already (PHI-S): it then lets each count the same, however well it is learnt. Groups play no part.
+    State: `loss_S`, 1 where `seen_S` is false.
+    Raises ValueError unless 0 < ema ≤ 1 and floor > 0.
+    """
+    _require("ada_loss", ema=(ema, 0 < ema <= 1, "in (0, 1]"), floor=(floor, floor > 0, "> 0"))
+    teachers = int(cells.teacher_T.max()) + 1
+
+    def init() -> State:
+        loss_S = cells.share_G.new_ones(teachers, dtype=torch.float64)
+        return {"loss_S": loss_S, "seen_S": torch.zeros_like(loss_S, dtype=torch.bool)}
+
+    def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        weight_S = 1 / (state["loss_S"].clamp(min=floor) * cells.batch)
+        return weight_S.to(table.loss_BT.dtype)[cells.teacher_T].expand_as(table.loss_BT)
+
+    def update(state: State, stats: CellStats) -> State:
+        count_T = stats.count_GT.double().sum(0)
+        mean_T = stats.sum_GT.sum(0) / count_T.clamp(min=1)
+        zeros_S = torch.zeros_like(state["loss_S"])
+        mean_S = zeros_S.index_add(0, cells.teacher_T, mean_T)
+        now_S = zeros_S.index_add(0, cells.teacher_T, count_T) > 0
+        moved_S = torch.where(state["seen_S"], torch.lerp(state["loss_S"], mean_S, ema), mean_S)
+        return {"loss_S": torch.where(now_S, moved_S, state["loss_S"]), "seen_S": state["seen_S"] | now_S}
+
+    return Balancer(init, weigh, update)
 
 
 def _weigh_by_group(cells: Cells) -> Callable[..., Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -133,6 +134,30 @@ PATCHES: dict[str, Loss] = {
     **{"mse": mse, "cosine": cosine, "smooth_l1": smooth_l1},
     **{"hybrid": hybrid, "unic": unic, "relational": relational},
 }
+
+
+def overlap(features: Features, shift: tuple[int, int], units: tuple[int, int]) -> Features:
+    """The patches that another window of the same image sees, too, one `shift` units down and to the right of this one.
+
+    A window is `units` (rows, columns) large, each a whole number of patches. Both windows, cut to what they share, lie
+    on the same part of the image, so any patch loss of them is the shift-equivariant one: a pattern that is fixed to a
+    teacher's positions is no longer at the same place twice, and cannot be learnt (C-RADIOv4, arXiv 2601.17237).
+    Raises ValueError where a unit is no whole number of patches, or nothing is shared.
+    """
+    if features.patches_BND is None or shift == (0, 0):
+        return features
+    per_unit = features.grid[0] // units[0], features.grid[1] // units[1]
+    if (per_unit[0] * units[0], per_unit[1] * units[1]) != features.grid:
+        raise ValueError(f"a grid of {features.grid} patches in {units} units: expected a whole number in each")
+    if abs(shift[0]) >= units[0] or abs(shift[1]) >= units[1]:
+        raise ValueError(f"windows of {units} units that are {shift} apart share nothing")
+    rows, columns = (
+        slice(max(0, by) * patches, (count + min(0, by)) * patches)
+        for by, count, patches in zip(shift, units, per_unit, strict=True)
+    )
+    maps_BhwD = rearrange(features.patches_BND, "b (h w) d -> b h w d", h=features.grid[0])[:, rows, columns]
+    grid = maps_BhwD.shape[1], maps_BhwD.shape[2]
+    return features._replace(patches_BND=rearrange(maps_BhwD, "b h w d -> b (h w) d"), grid=grid)
 
 
 def _keep(x: Tensor, valid_B: Tensor) -> Tensor:

@@ -21,9 +21,12 @@ WHITEN_FLOOR = 1e-8
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and scatter Σ (x − mean)(x − mean)ᵀ of a stream, float64. `update` and `merge` return new ones."""
+    """Count, mean and scatter Σ w·(x − mean)(x − mean)ᵀ of a stream, float64. `update` and `merge` return new ones.
 
-    count: int
+    The weights w are 1 unless given, and `count` is their sum.
+    """
+
+    count: float
     mean_D: Tensor
     scatter_DD: Tensor
 
@@ -33,14 +36,20 @@ class Moments:
         zeros = torch.zeros(width, width, dtype=torch.float64, device=device)
         return Moments(0, zeros[0].clone(), zeros)
 
-    def update(self, x_ND: Tensor) -> Moments:
-        """With the samples `x_ND` added."""
+    def update(self, x_ND: Tensor, weight_N: Tensor | None = None) -> Moments:
+        """With the samples `x_ND` added, each counted `weight_N` > 0 times (default 1)."""
         if len(x_ND) == 0:
             return self
         x_ND = x_ND.detach().to(self.mean_D)
-        mean_D = x_ND.mean(0)
+        if weight_N is None:
+            mean_D = x_ND.mean(0)
+            centred_ND = x_ND - mean_D
+            return self.merge(Moments(len(x_ND), mean_D, centred_ND.T @ centred_ND))
+        weight_N = weight_N.to(self.mean_D)
+        count = float(weight_N.sum())
+        mean_D = weight_N @ x_ND / count
         centred_ND = x_ND - mean_D
-        return self.merge(Moments(len(x_ND), mean_D, centred_ND.T @ centred_ND))
+        return self.merge(Moments(count, mean_D, centred_ND.T @ (centred_ND * weight_N[:, None])))
 
     def merge(self, other: Moments) -> Moments:
         """Of both streams together (Chan, Golub, LeVeque 1979)."""
@@ -60,6 +69,19 @@ class Affine(NamedTuple):
     mean_D: Tensor
     matrix_DD: Tensor
     inverse_DD: Tensor
+
+
+def balanced(group_N: Tensor) -> Tensor:
+    """Weights of a sample (float64, N) under which every group that it holds counts the same, 1 on average.
+
+    An id of −1 is of no group: it weighs 1, as much as without balancing.
+    """
+    known_N = group_N >= 0
+    count_G = torch.bincount(group_N[known_N])
+    each_G = count_G.sum() / ((count_G > 0).sum() * count_G.clamp(min=1).double())
+    weight_N = torch.ones(len(group_N), dtype=torch.float64)
+    weight_N[known_N] = each_G[group_N[known_N]]
+    return weight_N
 
 
 def spectrum(covariance_DD: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,13 +111,13 @@ def fit(kind: str, moments: Moments, seed: int = 0) -> Affine:
     if kind == "none":
         return _as_float32(torch.zeros_like(moments.mean_D), identity_DD, identity_DD)
     if moments.count < 2:
-        raise ValueError(f"normaliser {kind!r}: {moments.count} samples, expected at least 2")
+        raise ValueError(f"normaliser {kind!r}: {moments.count:g} samples, expected at least 2")
     covariance_DD = moments.scatter_DD / moments.count
     variance_D = covariance_DD.diagonal()
     # Features that are all alike leave a variance of rounding errors, relative to the square of their mean.
     noise = torch.finfo(torch.float64).eps * (moments.mean_D.square().mean() + variance_D.mean())
     if not variance_D.mean() > noise:
-        raise ValueError(f"normaliser {kind!r}: the features are constant or not finite over {moments.count} samples")
+        raise ValueError(f"normaliser {kind!r}: the features are constant or not finite over {moments.count:g} samples")
     if kind == "global_std":
         scale = variance_D.mean().sqrt()
         return _as_float32(moments.mean_D, identity_DD / scale, identity_DD * scale)
@@ -141,17 +163,26 @@ def fold(affine: Affine, linear: nn.Linear) -> nn.Linear:
     return folded
 
 
-def cone(summary_ND: Tensor) -> tuple[Tensor, Tensor]:
+def change(old: Affine, new: Affine) -> Affine:
+    """The map from targets under `old` to those under `new`: apply(new, ·) after invert(old, ·), float64 inside."""
+    old_mean_D, old_DD, old_inverse_DD = (part.double() for part in old)
+    new_mean_D, new_DD, new_inverse_DD = (part.double() for part in new)
+    return _as_float32(old_DD @ (new_mean_D - old_mean_D), new_DD @ old_inverse_DD, old_DD @ new_inverse_DD)
+
+
+def cone(summary_ND: Tensor, weight_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean direction μ (D) and dispersion E[Θ(y, μ)²] (scalar, float32) of raw summaries, for L_angle (C-RADIOv4).
 
-    μ is the mean of the unit vectors, normalised. Raises ValueError for fewer than two samples, or a dispersion that
-    is 0 or not finite: such a teacher's summaries carry nothing to learn.
+    μ is the mean of the unit vectors, normalised; both means take `weight_N` (default 1). Raises ValueError for fewer
+    than two samples, or a dispersion that is 0 or not finite: such a teacher's summaries carry nothing to learn.
     """
     if len(summary_ND) < 2:
         raise ValueError(f"dispersion of summaries: {len(summary_ND)} samples, expected at least 2")
     unit_ND = nn.functional.normalize(summary_ND.detach().double(), dim=-1)
-    direction_D = nn.functional.normalize(unit_ND.mean(0), dim=-1)
-    dispersion = angle(unit_ND, direction_D.expand_as(unit_ND)).square().mean()
+    weight_N = unit_ND.new_ones(len(unit_ND)) if weight_N is None else weight_N.to(unit_ND)
+    share_N = weight_N / weight_N.sum()
+    direction_D = nn.functional.normalize(share_N @ unit_ND, dim=-1)
+    dispersion = share_N @ angle(unit_ND, direction_D.expand_as(unit_ND)).square()
     if not (1e-12 < dispersion < torch.inf):
         raise ValueError(f"dispersion of summaries: all {len(summary_ND)} are alike, or not finite")
     return direction_D.float(), dispersion.float()

@@ -65,6 +65,31 @@ def grid_of(pixels_BCHW: Tensor, patch: tuple[int, int], tokens: int, prefix: in
     return grid
 
 
+def from_outputs(
+    pixels_BCHW: Tensor, summary: Tensor | None, patches: Tensor | None, patch: int, prefix: int
+) -> Features:
+    """Features of these images out of two outputs of a network that nothing else is known of.
+
+    summary: (B, D), a pooled map (B, D, 1, 1), or tokens (B, P + N, D), of which the class token is taken; patches:
+    tokens (B, P + N, D) or a map (B, D, H, W). Both may be the same. Raises ValueError for other shapes.
+    """
+    if summary is not None and summary.ndim == 3:
+        if not prefix:
+            raise ValueError("the summary is a row of tokens, and none of them is a class token; set prefix")
+        summary = summary[:, 0]
+    if summary is not None and summary[0].numel() != summary.shape[1]:
+        raise ValueError(f"expected a summary (B, D), got {tuple(summary.shape)}")
+    summary_BD = None if summary is None else summary.flatten(1)
+    if patches is None:
+        return Features(summary_BD, None)
+    if patches.ndim == 4:
+        return Features(summary_BD, *flatten_map(patches))
+    if patches.ndim != 3:
+        raise ValueError(f"expected patch tokens (B, N, D) or a map (B, D, H, W), got {tuple(patches.shape)}")
+    grid = grid_of(pixels_BCHW, (patch, patch), patches.shape[1], prefix)
+    return Features(summary_BD, split_prefix(patches, prefix)[1], grid)
+
+
 def freeze(module: nn.Module) -> nn.Module:
     """The module in evaluation mode, without gradients."""
     return module.eval().requires_grad_(False)
@@ -90,7 +115,7 @@ def emitted(encode: Callable[[Tensor], Features], side: int, channels: int = 3) 
 
 def to_float32(features: Features) -> Features:
     """The same features in float32, whatever a teacher computes in."""
-    summary_BD, patches_BND, grid = features
+    summary_BD, patches_BND, grid = features[:3]
     return Features(
         None if summary_BD is None else summary_BD.float(), None if patches_BND is None else patches_BND.float(), grid
     )
@@ -125,30 +150,64 @@ class TimmEncoder(nn.Module):
     """A timm network as an encoder: pixels in [0, 1] (B, C, H, W) → Features.
 
     Serves patch transformers (B, P + N, D) and convolutional or hierarchical networks with maps (B, D, H, W) or
-    (B, H, W, D); the grid follows the input. It calls `forward_features` and `forward_head` of `net` and imports
-    nothing of timm. The features have the dtype in which the network computes.
+    (B, H, W, D); the grid follows the input. It calls `forward_features`, `forward_intermediates` and `forward_head`
+    of `net` and imports nothing of timm. The features have the dtype in which the network computes.
+
+    Of a patch transformer, the first `class_tokens` of the prefix are served as such; where there are several, their
+    mean is the summary. `blocks` are the indices of those after which it serves a level, the last block among them:
+    tokens before the final norm, with the class tokens' mean as the summary, else that of the patches.
     """
 
-    def __init__(self, net: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        net: Any,
+        mean: Sequence[float],
+        std: Sequence[float],
+        class_tokens: int = 0,
+        blocks: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         self.condition = Conditioner(mean, std)
         self.net = net
         self.summary = summary_kind(net)
+        self.class_tokens = class_tokens
+        self.blocks = tuple(blocks)
 
     def forward(self, pixels_BCHW: Tensor) -> Features:
         # The constants are float32 also where an engine has cast the weights to bfloat16.
-        output = self.net.forward_features(self.condition(pixels_BCHW).to(next(self.net.parameters()).dtype))
+        x_BCHW = self.condition(pixels_BCHW).to(next(self.net.parameters()).dtype)
+        prefix, inner = getattr(self.net, "num_prefix_tokens", 0), []
+        if len(self.blocks) > 1:
+            output, inner = self.net.forward_intermediates(
+                x_BCHW, list(self.blocks[:-1]), return_prefix_tokens=prefix > 0, output_fmt="NLC"
+            )
+        else:
+            output = self.net.forward_features(x_BCHW)
         if output.ndim == 4:
             map_BDHW = rearrange(output, "b h w d -> b d h w") if self._channels_last(output) else output
             patches_BND, grid = flatten_map(map_BDHW)
-            class_BD = None
+            class_BD = tokens_BKD = None
         else:
-            prefix = getattr(self.net, "num_prefix_tokens", 0)
             class_BD, patches_BND = split_prefix(output, prefix)
+            tokens_BKD = output[:, : self.class_tokens] if self.class_tokens else None
             grid = grid_of(pixels_BCHW, stride(self.net), output.shape[1], prefix)
-        if self.summary == "head":
-            return Features(self.net.forward_head(output, pre_logits=True), patches_BND, grid)
-        return Features(class_BD if self.summary == "class" else None, patches_BND, grid)
+        if tokens_BKD is not None and self.class_tokens > 1:
+            summary_BD = tokens_BKD.mean(1)
+        elif self.summary == "head":
+            summary_BD = self.net.forward_head(output, pre_logits=True)
+        else:
+            summary_BD = class_BD if self.summary == "class" else None
+        features = Features(summary_BD, patches_BND, grid, tokens_BKD)
+        if not self.blocks:
+            return features
+        return features._replace(levels=(*(self._level(level, grid, prefix) for level in inner), features))
+
+    def _level(self, level: Any, grid: tuple[int, int], prefix: int) -> Features:
+        patches_BND, prefix_BPD = level if prefix else (level, None)
+        if prefix_BPD is None or not self.class_tokens:
+            return Features(patches_BND.mean(1), patches_BND, grid)
+        tokens_BKD = prefix_BPD[:, : self.class_tokens]
+        return Features(tokens_BKD.mean(1), patches_BND, grid, tokens_BKD)
 
     def _channels_last(self, output: Tensor) -> bool:
         declared = getattr(self.net, "output_fmt", None)

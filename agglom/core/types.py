@@ -28,11 +28,17 @@ class Batch(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What every encoder returns: one summary vector and a row-major grid of patch tokens, either may be absent."""
+    """What every encoder returns: one summary vector and a row-major grid of patch tokens, either may be absent.
+
+    A student may add its class tokens, of which each teacher can have its own, and its features after some of its
+    blocks, first to last; the last of these `levels` are the features themselves.
+    """
 
     summary_BD: Tensor | None
     patches_BND: Tensor | None
     grid: tuple[int, int] = (0, 0)
+    tokens_BKD: Tensor | None = None
+    levels: tuple[Features, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class Dims:
 class PixelSpec:
     """What an encoder expects of its pixels. Its module applies `mean` and `std` itself, to input in [0, 1].
 
-    `size` pins the side of the square input; None follows the stage, rounded to a multiple of `patch`.
+    `size` pins the side of the square input; None follows the stage, rounded to a multiple of `patch`. `mosaic`: that
+    square shows several images side by side (`targets.tiling`).
     """
 
     mean: tuple[float, ...]
@@ -55,20 +62,35 @@ class PixelSpec:
     patch: int
     size: int | None = None
     channels: int = 3
+    mosaic: bool = False
 
 
 @dataclass(frozen=True)
 class Derived:
     """How a teacher is computed from the features of another one (its source), so that both share one forward.
 
-    `fit` consumes (source features, attribute group id, −1 where not annotated) of the train patients in one pass
-    and stores its result in the buffers of the teacher's module; `attribute` names the column that it reads.
+    `fit` consumes (source features on the CPU, {column: tensor (B)}) of the train patients in one pass and stores its
+    result in the buffers of the teacher's module. The columns are those named by
+
+    - `attributes`: float64 values of a continuous one, NaN where unknown, else int64 group ids, −1 where unknown;
+    - `groups`: attributes, too, and crossings, as group ids whatever their kind;
+    - `labels`: float64, 1, 0 or NaN (unknown).
     """
 
     source: str
     derive: Callable[[Features], Features]
-    attribute: str | None = None
-    fit: Callable[[Iterable[tuple[Features, Tensor]]], None] | None = None
+    attributes: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    fit: Callable[[Iterable[tuple[Features, dict[str, Tensor]]]], None] | None = None
+
+
+@dataclass(frozen=True)
+class Serves:
+    """The groups of an attribute, or of a crossing, that a specialist teaches; an image of unknown group is in none."""
+
+    attribute: str
+    groups: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -86,11 +108,20 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Where weights come from: a name on a hub, a package, or a file (its name alone), and the revision of it."""
+
+    source: str = "unknown"
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
 class Teacher:
     """A frozen encoder. `encode` maps pixels in [0, 1] (B, C, H, W) to Features of the declared dims.
 
     `text` loads the text tower that shares a space with the summary; None where there is no such tower. Nobody keeps
-    it in memory longer than the prompts take to embed.
+    it in memory longer than the prompts take to embed. `serves` are the patients that it teaches and is judged on; None
+    is everybody.
     """
 
     module: nn.Module
@@ -101,11 +132,13 @@ class Teacher:
     licence: str
     derived: Derived | None = None
     text: Callable[[], Text] | None = None
+    provenance: Provenance = Provenance()
+    serves: Serves | None = None
 
 
 @dataclass(frozen=True)
 class Student:
-    """A trainable encoder: `module(pixels)` returns Features.
+    """A trainable encoder: `module(pixels)` returns Features, with `class_tokens` class tokens and `levels` levels.
 
     `backbone` is the bare network inside `module`; `recipe` is the JSON-serialisable description from which plain
     timm builds it again (`architecture`, `model_args`, `pretrained_cfg`).
@@ -116,6 +149,8 @@ class Student:
     dims: Dims
     pixels: PixelSpec
     recipe: dict[str, Any] = field(default_factory=dict)
+    class_tokens: int = 0
+    levels: int = 0
 
 
 class LossTable(NamedTuple):

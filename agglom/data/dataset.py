@@ -1,4 +1,4 @@
-"""From (row, view) to pixels. A view is a function of (seed, row, view) alone: the same in any worker, rank and run."""
+"""From (row, view, size) to pixels, a function of these and the seed alone: the same in any worker, rank and run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from agglom.core.types import Batch
 from agglom.data.manifest import Manifest
 from agglom.data.readers import decode
 from agglom.errors import DataError
-from agglom.job import Augment
+from agglom.job import Augment, Size
+
+Sample = tuple[int, int, Size]
 
 CLEAN = -1
 ASPECT = (3 / 4, 4 / 3)
@@ -24,17 +26,16 @@ CROP_TRIES = 10
 
 
 class ImageDataset(Dataset[Batch]):
-    """The images of `rows` of the manifest, at `size`×`size`.
+    """The images of `rows` of the manifest.
 
-    Indexed by (manifest row, view); view −1 is the whole image, resized without crop, whatever `augment` says.
-    `group_N` holds the group id of every row of the manifest, −1 where it is not annotated.
+    Indexed by (manifest row, view, (height, width)); view −1 is the whole image, resized without crop, whatever
+    `augment` says. `group_N` holds the group id of every row of the manifest, −1 where it is not annotated.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         rows: Sequence[int] | np.ndarray,
-        size: int,
         augment: Augment | None,
         group_N: Tensor | np.ndarray,
         seed: int,
@@ -42,7 +43,6 @@ class ImageDataset(Dataset[Batch]):
     ) -> None:
         self.manifest = manifest
         self.rows = rows
-        self.size = size
         self.augment = augment
         self.group_N = torch.as_tensor(group_N, dtype=torch.int64)
         self.label_NL = torch.as_tensor(manifest.label_NL) if manifest.labels else None
@@ -52,21 +52,21 @@ class ImageDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: tuple[int, int]) -> Batch:
-        """One sample as a Batch without its first axis: pixels (3, size, size).
+    def __getitem__(self, index: Sample) -> Batch:
+        """One sample as a Batch without its first axis: pixels (3, height, width).
 
         Raises:
             DataError: naming the file and its row of the manifest.
         """
-        row, view = index
+        row, view, size = index
         try:
             image_CHW = torch.from_numpy(decode(self.manifest.images[row], self.value_range))
         except DataError as error:
             raise DataError(f"{error} ({self.manifest.where(row)})") from error
         if view == CLEAN or self.augment is None:
-            pixels_CHW = resize(image_CHW, self.size)
+            pixels_CHW = resize(image_CHW, size)
         else:
-            pixels_CHW = augmented(image_CHW, self.size, self.augment, view_random(self.seed, row, view))
+            pixels_CHW = augmented(image_CHW, size, self.augment, view_random(self.seed, row, view))
         return Batch(
             pixels_CHW.expand(3, -1, -1),
             torch.tensor(row),
@@ -93,30 +93,35 @@ def view_random(seed: int, row: int, view: int) -> random.Random:
     return random.Random(f"{seed}/{row}/{view}")
 
 
-def augmented(image_CHW: Tensor, size: int, augment: Augment, rng: random.Random) -> Tensor:
-    """A random resized crop (Szegedy et al. 2015, section 6) and, if asked for, a flip: (C, size, size)."""
-    top, left, height, width = crop_box(image_CHW.shape[1], image_CHW.shape[2], augment.crop, rng)
+def augmented(image_CHW: Tensor, size: Size, augment: Augment, rng: random.Random) -> Tensor:
+    """A random resized crop (Szegedy et al. 2015, section 6) and, if asked for, a flip: (C, *size)."""
+    shape = image_CHW.shape[1], image_CHW.shape[2]
+    top, left, height, width = crop_box(shape, augment.crop, rng, aspect=size[1] / size[0])
     view_CHW = resize(image_CHW[:, top : top + height, left : left + width], size)
     return view_CHW.flip(-1) if augment.flip and rng.random() < 0.5 else view_CHW
 
 
-def crop_box(height: int, width: int, scale: tuple[float, float], rng: random.Random) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a crop with a share of the area in `scale` and an aspect of 3:4 to 4:3.
+def crop_box(
+    shape: Size, scale: tuple[float, float], rng: random.Random, aspect: float = 1.0
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a crop of an image of `shape` with a share of its area in `scale`.
 
-    Where ten draws do not fit into the image: the largest central crop within those aspects.
+    Width over height is 3:4 to 4:3 of `aspect`, that of the view: the resize distorts by no more. Where ten draws do
+    not fit into the image: the largest central crop within those bounds.
     """
+    height, width = shape
     for _ in range(CROP_TRIES):
         area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
-        w, h = max(1, round(math.sqrt(area * aspect))), max(1, round(math.sqrt(area / aspect)))
+        drawn = aspect * math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
+        w, h = max(1, round(math.sqrt(area * drawn))), max(1, round(math.sqrt(area / drawn)))
         if w <= width and h <= height:
             return rng.randint(0, height - h), rng.randint(0, width - w), h, w
-    w = min(width, max(1, round(height * ASPECT[1])))
-    h = min(height, max(1, round(width / ASPECT[0])))
+    w = min(width, max(1, round(height * aspect * ASPECT[1])))
+    h = min(height, max(1, round(width / (aspect * ASPECT[0]))))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(image_CHW: Tensor, size: int) -> Tensor:
-    """Bilinear with antialiasing to (C, size, size), in [0, 1]."""
-    pixels_1CHW = interpolate(image_CHW[None], (size, size), mode="bilinear", align_corners=False, antialias=True)
+def resize(image_CHW: Tensor, size: Size) -> Tensor:
+    """Bilinear with antialiasing to (C, height, width), in [0, 1]."""
+    pixels_1CHW = interpolate(image_CHW[None], size, mode="bilinear", align_corners=False, antialias=True)
     return pixels_1CHW[0].clamp_(0.0, 1.0)

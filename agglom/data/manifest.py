@@ -99,6 +99,11 @@ class Manifest:
         known = [np.logical_or.reduce([*part.values(), np.zeros(len(self), bool)]) for part in parts]
         return View(name, members, np.flatnonzero(~np.logical_and.reduce(known)))
 
+    def among(self, name: str, groups: Sequence[str]) -> np.ndarray:
+        """The mask over N of the rows that are in one of some groups of `name`, an attribute or a crossing."""
+        members = self.view(name).members
+        return np.isin(np.arange(len(self)), np.concatenate([members[group] for group in groups]))
+
     def _masks(self, attribute: str) -> dict[str, np.ndarray]:
         """By value, the mask over N of the rows that have it."""
         column, separator = self.attributes[attribute], self.separators.get(attribute)

@@ -1,11 +1,12 @@
-"""Which (row, view) each rank sees in each micro-batch: a function of the seed and the step, so that resuming is exact.
+"""Which (row, view, size) each rank sees in each micro-batch: a function of seed and step, so that resuming is exact.
 
 The run is one endless stream of samples: number i is place i mod N of the permutation of epoch i div N. Global batch
-k is samples [kB, (k+1)B), however many ranks and accumulation steps share it.
+k is samples [kB, (k+1)B), however many ranks and accumulation steps share it, all of the size that step k draws.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
@@ -14,14 +15,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from agglom.core.types import Batch
-from agglom.data.dataset import ImageDataset, collate
+from agglom.data.dataset import ImageDataset, Sample, collate
 from agglom.errors import DataError
-
-Sample = tuple[int, int]
+from agglom.job import Size
 
 
 def stream(
     rows: Sequence[int] | np.ndarray,
+    sizes: Sequence[Size],
     *,
     seed: int,
     batch: int,
@@ -31,24 +32,39 @@ def stream(
     accumulate: int = 1,
     start_step: int = 0,
 ) -> Iterator[list[Sample]]:
-    """Endless micro-batches of (manifest row, view) of one rank, `accumulate` of them to an optimizer step.
+    """Endless micro-batches of (manifest row, view, size) of one rank, `accumulate` of them to an optimizer step.
 
-    `batch` is global; the view of a sample is its epoch. The ranks' micro-batches of a step are disjoint and together
-    its global batch. `start_step` counts optimizer steps.
+    `batch` is global; the view of a sample is its epoch; `sizes` are what `drawn` draws from. The ranks' micro-batches
+    of a step are disjoint and together its global batch. `start_step` counts optimizer steps.
 
     Raises:
-        ValueError: if `batch` is not micro × world × accumulate, or there are no rows.
+        ValueError: if `batch` is not micro × world × accumulate, or there are no rows or no sizes.
     """
     if batch != micro * world * accumulate:
         raise ValueError(f"batch {batch} is not micro {micro} × world {world} × accumulate {accumulate}")
     rows_N = np.asarray(rows, dtype=np.int64)
     if rows_N.size == 0:
         raise ValueError("no rows to sample from")
-    return _stream(rows_N, seed, batch, micro, rank, world, accumulate, start_step)
+    if not sizes:
+        raise ValueError("no sizes to draw from")
+    return _stream(rows_N, sizes, seed, batch, micro, rank, world, accumulate, start_step)
+
+
+def drawn(sizes: Sequence[Size], seed: int, step: int) -> Size:
+    """The image size of an optimizer step, the same on all ranks: each of `sizes` is as likely."""
+    return random.Random(f"{seed}/size/{step}").choice(sizes)
 
 
 def _stream(
-    rows_N: np.ndarray, seed: int, batch: int, micro: int, rank: int, world: int, accumulate: int, start_step: int
+    rows_N: np.ndarray,
+    sizes: Sequence[Size],
+    seed: int,
+    batch: int,
+    micro: int,
+    rank: int,
+    world: int,
+    accumulate: int,
+    start_step: int,
 ) -> Iterator[list[Sample]]:
     # Two: a micro-batch that crosses the end of an epoch needs both sides.
     @lru_cache(maxsize=2)
@@ -57,10 +73,11 @@ def _stream(
 
     step = start_step
     while True:
+        size = drawn(sizes, seed, step)
         for part in range(accumulate):
             first = step * batch + (part * world + rank) * micro
             places = (divmod(number, rows_N.size) for number in range(first, first + micro))
-            yield [(int(order(epoch)[place]), epoch) for epoch, place in places]
+            yield [(int(order(epoch)[place]), epoch, size) for epoch, place in places]
         step += 1
 
 

@@ -113,8 +113,8 @@ class Lab:
         folder = self.folder / "damaged"
         shutil.copytree(self.images, folder)
         surveyed = np.random.default_rng(0).choice(TRAIN, 8, replace=False)
-        third = next(itertools.islice(stream(np.arange(TRAIN), seed=0, batch=8, micro=8), 2, None))
-        row = next(row for row, _ in third[4:] if row not in surveyed)
+        third = next(itertools.islice(stream(np.arange(TRAIN), [(64, 64)], seed=0, batch=8, micro=8), 2, None))
+        row = next(row for row, *_ in third[4:] if row not in surveyed)
         path = folder / "images" / f"{row:05d}.png"
         path.write_bytes(path.read_bytes()[:100])
         change = {"data.manifest": str(folder / "manifest.csv"), "evaluate.probe_images": 8, "teachers.fair": None}

@@ -158,7 +158,7 @@ def test_an_attribute_that_is_constant_cannot_be_erased(lab, refuses):
     """Only B in train; device is not balanced, so the eraser is the first to need two groups."""
     one = lab.manifest(lambda rows: [row.update(device="B") for row in rows if row["split"] == "train"])
     changes = {"data.manifest": one, "balance": {"kind": "uniform"}}
-    refuses(DATA, ["teachers.fair: cannot fit on the train patients", "two groups"], changes)
+    refuses(DATA, ["teachers.fair: cannot fit on the train patients", "'device' is the same in all 2"], changes)
 
 
 def test_features_that_are_not_finite(refuses):

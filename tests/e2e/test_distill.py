@@ -143,9 +143,9 @@ def test_a_loss_that_is_not_finite_is_named(lab, capsys, every):
     )
     assert found, message
     assert "lower stages[0].lr or optim.clip" in message
-    batches = stream(np.arange(24), seed=0, batch=8, micro=8)
+    batches = stream(np.arange(24), [(32, 32)], seed=0, batch=8, micro=8)
     bright = np.array(lab.brightness()) > BRIGHT
-    step, rows = next((k, rows) for k, batch in enumerate(batches, 1) if (rows := [r for r, _ in batch if bright[r]]))
+    step, rows = next((k, rows) for k, batch in enumerate(batches, 1) if (rows := [r for r, *_ in batch if bright[r]]))
     assert int(found[1]) == step
     assert [int(row) - 1 for row in found[3].split(",")] == sorted(rows)
     assert int(found[2]) == len(rows)

@@ -14,6 +14,7 @@ from agglom.errors import DataError
 STUDENTS = {
     "transformer": {"model": "test_vit", "size": 64},
     "transformer of any size": {"model": "test_vit"},
+    "transformer with registers": {"model": "test_vit", "registers": 2},
     "convolutional": {"model": "test_efficientnet"},
 }
 
@@ -26,10 +27,19 @@ def exports(workshop):
     """One export for each student, none verified."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "_verify_afresh", lambda folder: "")
-        return {
-            name: workshop.run(name, {"student": {"kind": "timm", "options": options}, "stages": [SHORT]}) / "export"
+        jobs = {
+            name: {"student": {"kind": "timm", "options": options}, "stages": [SHORT]}
             for name, options in STUDENTS.items()
         }
+        # One learns from a teacher that is not for commercial use; with another such it is only compared.
+        taught = SHORT | {"teachers": ["two", "fair"]}
+        jobs["convolutional"] |= {
+            "stages": [taught],
+            "teachers.two.licence": "CC-BY-NC-4.0",
+            "teachers.one.licence": "MIT",
+            "teachers.other": workshop.job()["teachers"]["one"] | {"licence": "NSCLv1"},
+        }
+        return {name: workshop.run(name, job) / "export" for name, job in jobs.items()}
 
 
 @pytest.fixture
@@ -68,7 +78,7 @@ def test_plain_timm_loads_the_backbone(exports, name):
 def test_a_student_becomes_a_teacher(exports, name):
     sample = load_file(exports[name] / "sample.safetensors")
     teacher = plugins.build("timm", "teachers", {"model": f"local-dir:{exports[name]}"})
-    summary, patches, _ = teacher.encode(sample["pixels"])
+    summary, patches, _ = teacher.encode(sample["pixels"])[:3]
     torch.testing.assert_close(summary, sample["student/summary"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(patches, sample["student/patches"], rtol=1e-5, atol=1e-5)
 
@@ -99,7 +109,33 @@ def test_the_card_speaks_of_licences_and_loading(exports):
     assert 'timm.create_model("local-dir:.", pretrained=True)' in text
     assert "agglom.exported.load" in text
     for name in ("one", "two", "fair"):
-        assert f"| {name} | none | " in text
+        assert f"| {name} | unknown |  | none | " in text
+    assert (
+        "Commercial use of the student: unknown, since these licences are: fair (none), one (none), two (none)." in text
+    )
+
+
+def test_a_non_commercial_teacher_marks_the_student(exports):
+    """Not those that it was only compared with; a derived teacher has the licence of its source."""
+
+    def stored(name):
+        return json.loads((exports[name] / "config.json").read_text())["agglom"]
+
+    free, bound = stored("transformer"), stored("convolutional")
+    assert (free["commercial_use"], free["commercial_use_because_of"]) == (None, ["fair", "one", "two"])
+    assert (bound["commercial_use"], bound["commercial_use_because_of"]) == (False, ["two"])
+    assert {name: teacher["licence"] for name, teacher in bound["teachers"].items()} == {
+        "fair": "MIT",
+        "one": "MIT",
+        "other": "NSCLv1",
+        "two": "CC-BY-NC-4.0",
+    }
+    assert set(bound["teachers"]["one"]) == {"fingerprint", "licence", "source", "revision"}
+    text = (exports["convolutional"] / "README.md").read_text()
+    assert "\nlicense_name: non-commercial\n" in text
+    assert "**Commercial use of the student: no, forbidden by two (CC-BY-NC-4.0).**" in text
+    report = json.loads((exports["convolutional"].parent / "reports" / "full.json").read_text())
+    assert report["context"]["teachers"] == bound["teachers"]
 
 
 def test_altered_weights_are_found(folder):

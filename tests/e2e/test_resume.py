@@ -102,11 +102,11 @@ def test_what_the_teachers_said_is_stored(lab, stop_at, monkeypatch):
     """Each image of the evaluation is encoded by each source once, a resume encodes none of them again."""
     counts, real = {}, targets.encode
 
-    def counting(teachers, names, pixels):
+    def counting(teachers, names, pixels, *see):
         if pixels.shape[-1] == 64 and names == list(teachers):  # the survey asks for all of them by list
             for name in names:
                 counts[name] = counts.get(name, 0) + len(pixels)
-        return real(teachers, names, pixels)
+        return real(teachers, names, pixels, *see)
 
     monkeypatch.setattr(targets, "encode", counting)
     stop_at(5)

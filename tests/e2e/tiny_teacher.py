@@ -24,11 +24,11 @@ STAGE = 32
 class Net(nn.Module):
     """Patches by a convolution and a nonlinearity; the summary reads their mean and maximum."""
 
-    def __init__(self, seed: int, width: int) -> None:
+    def __init__(self, seed: int, width: int, patch: int) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.embed = nn.Conv2d(3, width, PATCH, PATCH)
+            self.embed = nn.Conv2d(3, width, patch, patch)
             self.mix = nn.Linear(width, width)
             self.read = nn.Linear(2 * width, width)
 
@@ -62,13 +62,15 @@ def build(
     nan_at: int = 0,
     nan_above: float = 0.5,
     text: bool = False,
+    patch: int = PATCH,
+    size: int | None = None,
 ) -> Teacher:
     """A frozen random encoder.
 
     weights: a file whose content is part of the fingerprint; nan_at: at this image size, the summary of an image
-    whose mean exceeds `nan_above` is NaN; text: whether it has a text tower.
+    whose mean exceeds `nan_above` is NaN; text: whether it has a text tower; size: pin the side of its input.
     """
-    net = Net(seed, width).eval().requires_grad_(False)
+    net = Net(seed, width, patch).eval().requires_grad_(False)
     batches = [0]
 
     def encode(pixels_BCHW: Tensor) -> Features:
@@ -90,8 +92,8 @@ def build(
         module=net,
         encode=encode,
         dims=Dims(width, width),
-        pixels=PixelSpec(mean=(0.5,) * 3, std=(1.0,) * 3, patch=PATCH),
-        fingerprint=hashlib.sha256(content + repr((seed, width, nan_at)).encode()).hexdigest(),
+        pixels=PixelSpec(mean=(0.5,) * 3, std=(1.0,) * 3, patch=patch, size=size),
+        fingerprint=hashlib.sha256(content + repr((seed, width, nan_at, patch, size)).encode()).hexdigest(),
         licence="none",
         text=partial(speak, width) if text else None,
     )

@@ -93,7 +93,7 @@ def test_flags_are_frozen():
         | launched,
         "export": {"--config", "--set", "--out", "--debug"} | launched,
         "list": {"--debug"},
-        "check": {"--config", "--set", "--debug"},
+        "check": {"--config", "--set", "--doctor", "--out", "--debug"},
     }
     verbs = cli._parser()._subparsers._group_actions[0].choices
     found = {
@@ -135,6 +135,11 @@ def test_flags_are_frozen():
         (["evaluate", "--stream", "--out", "configs"], "--stream belongs to --predictions"),
         (["list"], "the following arguments are required: what"),
         (["check"], "agglom: check: name a plug-in"),
+        (
+            ["check", "timm", "--doctor"],
+            "agglom: check: --doctor examines the teachers of a job; name it with --config",
+        ),
+        (["check", "--config", "configs/demo.yaml", "--out", "x"], "agglom: check: --out belongs to --doctor"),
         (["check", "teachers/tim"], "agglom: 'tim' is not one of the teachers; did you mean 'timm'?"),
         (["check", "timm", "--set", "modl=x"], "unknown key 'modl'; did you mean 'model'?"),
         (["check", "timm"], "key 'model' (str) is missing; kind 'timm' needs it"),

@@ -75,6 +75,12 @@ def test_scalars_are_those_of_yaml_1_2(write):
     assert job.data.attributes["sex"].missing == ("no", "12:30", "2020-01-01", "")
 
 
+@pytest.mark.parametrize("kind", ["uniform", "teacher_dropping", "ada_loss"])
+def test_what_weighs_teachers_needs_no_group(good, kind):
+    job, _ = config.load(good, [f"balance.kind={kind}"])
+    assert job.balance.group is None
+
+
 def test_set_reaches_maps_and_lists(good):
     texts = ["stages[0].size=64", "stages.0.length=3 epochs", "data.attributes.site={}", "balance.group=site"]
     job, _ = config.load(good, texts)
@@ -129,7 +135,7 @@ def test_json_schema_is_fresh():
 WRONG = {
     "unknown key": ("optim.bach=3", "optim: unknown key 'bach'; did you mean 'batch'?"),
     "unknown top-level key": ("sede=3", "top level: unknown key 'sede'; did you mean 'seed'?"),
-    "unknown key, nothing near": ("heads.xyz=3", "heads: unknown key 'xyz'; known keys: hidden, depth"),
+    "unknown key, nothing near": ("heads.xyz=3", "heads: unknown key 'xyz'; known keys: kind, tokens, hidden, depth"),
     "wrong type": ("optim.batch=many", 'optim.batch: expected a whole number, got "many"'),
     "quoted number": ("optim.batch='3'", 'optim.batch: expected a whole number, got "3"'),
     "fraction": ("optim.batch=3.5", "optim.batch: expected a whole number, got 3.5"),
@@ -143,6 +149,9 @@ WRONG = {
     "triple": ("optim.betas=[0.9, 0.9, 0.9]", "optim.betas: expected 2 values, got [0.9, 0.9, 0.9]"),
     "negative batch": ("optim.batch=-4", "optim.batch: must be at least 1, got -4"),
     "negative size": ("stages[0].size=-224", "stages[0].size: must be at least 1, got -224"),
+    "size of one number": ("stages[0].size=[64]", "stages[0].size: expected a number of pixels or [height, width]"),
+    "negative width": ("evaluate.sizes=[64, [64, -1]]", "evaluate.sizes[1]: expected a number of pixels or [height, w"),
+    "size with a fraction": ("evaluate.size=64.5", "size: expected a number of pixels or [height, width], got 64.5"),
     "zero rate": ("stages[0].lr=0", "stages[0].lr: must be more than 0, got 0"),
     "beta of one": ("optim.betas=[0.9, 1]", "optim.betas[1]: must be less than 1, got 1"),
     "missing key": ("stages=[{name: full}]", "stages[0]: key 'length' is missing"),
@@ -190,6 +199,8 @@ WRONG = {
     "no draw": ("evaluate.scarcity_seeds=0", "evaluate.scarcity_seeds: must be at least 1"),
     "self-crossing": ("data.groups=[sex*sex]", "crosses an attribute with itself"),
     "balance group": ("balance.group=sx", "balance.group: 'sx' is not one of the attributes"),
+    "moments by": ("loss.moments_by=sx", "loss.moments_by: 'sx' is not one of the attributes"),
+    "shift of nothing": ("loss={shift: 2, patches_weight: 0}", "loss.shift: compares patches, and patches_weight is 0"),
     "balancer without group": ("balance.kind=group_dro", "kind 'group_dro' weighs groups; name an attribute"),
     "no bins": (
         "data.attributes.age.bins=[]",

@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "agglom").rglob("*.py"))
 CORE = {"torch", "einops", "agglom", *sys.stdlib_module_names}
-LIGHT = ("config.py", "job.py", "yamls.py", "checks.py", "plan.py", "plugins.py", "errors.py", "cli/__init__.py")
+LIGHT = (
+    *("config.py", "job.py", "yamls.py", "checks.py", "plan.py", "plugins.py", "errors.py", "licences.py"),
+    "cli/__init__.py",
+)
 PLUGINS = {package: {path.stem for path in (ROOT / package).glob("[!_]*.py")} for package in ("teachers", "students")}
 
 

@@ -63,15 +63,46 @@ def test_stages_in_steps(job, manifest):
     warm, full = resolved.stages
     assert (warm.first_step, warm.steps, warm.warmup_steps, warm.teachers) == (0, 15, 3, ("erased",))
     assert (full.first_step, full.steps, full.warmup_steps, full.teachers) == (15, 25, 2, ("clip", "erased", "dino"))
-    assert (warm.index, full.index, full.lr, full.size) == (0, 1, 1e-4, 112)
+    assert (warm.index, full.index, full.lr, full.size) == (0, 1, 1e-4, (112, 112))
     assert resolved.total_steps == 40
     assert (resolved.log_every, resolved.checkpoint_every) == (4, 3)
     assert (resolved.micro, resolved.global_batch, resolved.world) == (1, 4, 2)
-    assert resolved.evaluate_size == 112
+    assert resolved.evaluate_size == (112, 112)
 
 
 def test_evaluation_size_can_be_set(job, manifest):
-    assert plan.resolve(replace(job, evaluate=Evaluate(size=96)), Path(), 1, manifest).evaluate_size == 96
+    assert plan.resolve(replace(job, evaluate=Evaluate(size=96)), Path(), 1, manifest).evaluate_size == (96, 96)
+
+
+def test_sizes_are_height_and_width(job, manifest):
+    drawn = replace(job.stages[1], size=(96, 128), sizes=(64, (96, 128)))
+    job = replace(job, stages=(job.stages[0], drawn), evaluate=Evaluate(sizes=(64, (160, 64)), fvu_images=2))
+    resolved = plan.resolve(job, Path(), 1, manifest)
+    assert [(stage.size, stage.sizes) for stage in resolved.stages] == [
+        ((64, 64), ((64, 64),)),
+        ((96, 128), ((64, 64), (96, 128))),
+    ]
+    assert resolved.evaluate_size == (96, 128)
+    assert plan.sweep_sizes(resolved, job) == [(64, 64), (160, 64), (96, 128)]
+    text = plan.render(resolved, job, manifest)
+    assert " 64, 96×128 " in text
+    assert "The evaluation runs at 96×128 px" in text
+    assert "the held-out sample at 64, 160×64, 96×128 px" in text
+    assert "one is drawn for each step" in text
+    assert "Sizes are height × width." in text
+    # At each of 3 sizes 2 train images once, and at most 2 of val and 2 of test before and after 2 stages.
+    evaluated = [line.split("|")[3].strip() for line in text.splitlines() if line.startswith("| clip ")]
+    plainly = plan.render(resolved, replace(job, evaluate=Evaluate()), manifest)
+    before = [line.split("|")[3].strip() for line in plainly.splitlines() if line.startswith("| clip ")]
+    val = min(2, len(manifest.rows("val")))
+    assert int(evaluated[0]) - int(before[0]) == 3 * (2 + 3 * (2 + val))
+
+
+def test_one_square_size_is_told_as_before(job, manifest):
+    text = plan.render(plan.resolve(job, Path(), 1, manifest), job, manifest)
+    assert "drawn" not in text
+    assert "height" not in text
+    assert "held-out sample at" not in text
 
 
 def test_batch_that_does_not_divide(job, manifest):

@@ -40,10 +40,19 @@ def own(tmp_path):
     return path
 
 
+def test_an_option_is_given_or_has_its_default():
+    assert plugins.given("timm", "students", {"levels": 4}, "levels") == 4
+    assert plugins.given("timm", "students", {}, "class_tokens") == 1
+    assert plugins.given("timm", "students", {}, "model") is None
+    assert plugins.given("timm", "students", {}, "modle") is None
+    assert plugins.given("tim", "students", {"levels": 4}, "levels") is None
+
+
 def test_bare_kinds_are_the_files_and_functions():
     assert {"timm", "packaged", "erased"} <= set(plugins.available("teachers"))
     assert plugins.available("students") == ["timm"]
-    assert set(plugins.available("balancers")) == {"group_dro", "inverse_frequency", "uniform"}
+    groups, others = {"group_dro", "inverse_frequency"}, {"ada_loss", "teacher_dropping", "uniform"}
+    assert set(plugins.available("balancers")) == groups | others
 
 
 @pytest.mark.parametrize("package", ["teachers", "students", "balancers"])

@@ -139,3 +139,14 @@ def test_the_threshold_is_youdens(seed):
     reached = (scores >= cut)[truth == 1].mean() - (scores >= cut)[truth == 0].mean()
     assert reached == pytest.approx((tpr - fpr).max())
     assert cut not in scores  # between two of them, so that rounding decides nothing
+
+
+def test_the_linear_probe_reads_other_features_as_its_own():
+    x, label, train, val, test = data()
+    readout = probes.linear(x, label, train, val)
+    assert roc_auc_score(label[test], readout.read(x[test])) == roc_auc_score(label[test], readout.scores_N[test])
+    assert np.array_equal(np.argsort(readout.read(x), kind="stable"), np.argsort(readout.scores_N, kind="stable"))
+    # What it is fitted on is standardised by train rows alone, whatever it reads later.
+    shifted = readout.read(x[test] + 100 * torch.eye(6)[0])
+    assert (shifted > readout.read(x[test])).mean() > 0.9
+    assert probes.nearest(x, label, np.arange(len(label)), train, val, 20).read is None

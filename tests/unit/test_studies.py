@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from agglom import probes, studies
+from agglom import plugins, probes, studies, testing
 from agglom.core import metrics
+from agglom.core.types import Dims, Features
 from agglom.data import manifest as manifests
 from agglom.job import Attribute, Data, Evaluate
 from agglom.report import COLUMNS
@@ -59,13 +61,13 @@ class World:
         x[:, 2] += 0.8 * (self.site == "b") * (2 * self.sick - 1)
         self.summary = torch.tensor(x, dtype=torch.float32)
 
-    def rows(self, evaluate, summary=None, readouts=None, keep=None, settings=SETTINGS, data=DATA):
+    def rows(self, evaluate, summary=None, readouts=None, keep=None, settings=SETTINGS, data=DATA, fitted_on=()):
         summary, keep = (
             self.summary if summary is None else summary,
             np.arange(len(self.sick)) if keep is None else keep,
         )
         asked = {"student": summary[torch.as_tensor(keep)]}, self.manifest, keep, data, evaluate, settings
-        return list(studies.rows(*asked, readouts or {}, {}))
+        return list(studies.rows(*asked, fitted_on, readouts or {}, {}))
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +194,41 @@ def test_nobody_is_fitted_and_scored(world, monkeypatch):
     assert seen
     assert scored
     assert not any(trained & patients for patients in scored)
+
+
+def erased(world, attribute, rows):
+    """The summaries without the attribute, as an eraser emits them that was fitted on some rows."""
+    source = testing.synthetic_teacher()
+    source = replace(source, dims=Dims(world.summary.shape[1], None))
+    teacher = plugins.build("erased", "teachers", {"attribute": attribute}, source=source, source_name="one")
+    group = torch.as_tensor(np.unique(getattr(world, attribute), return_inverse=True)[1])
+    teacher.derived.fit([(Features(world.summary[rows], None), {attribute: group[rows]})])
+    return teacher.derived.derive(Features(world.summary, None)).summary_BD
+
+
+def test_what_was_erased_is_read_by_a_probe_of_patients_whom_no_eraser_has_seen(world):
+    """On rows that the eraser was fitted on, scores differ by rounding alone, and others seem to hide the sex well."""
+    train, (val, test) = torch.as_tensor(world.split == "train"), (world.split == split for split in SPLITS)
+    summary, data = erased(world, "sex", train), Data(manifest="m.csv", groups=("sex", "site"))
+    fooled = probes.linear(summary, (world.sex == "F").astype(float), train.numpy(), val)
+    assert np.ptp(fooled.scores_N) < 1e-6
+    rows = world.rows(Evaluate(), summary, data=data, fitted_on={"sex"})
+    (row,) = pick(rows, attribute="sex", group="F")
+    assert (row["split"], row["status"]) == ("test", "ok")
+    assert row["note"] == "fitted on validation patients, as a teacher was on sex of train patients"
+    patients = np.random.default_rng(0).permutation(np.unique(world.patient[val]))
+    judge = np.isin(world.patient, patients[: len(patients) // 5])
+    logit = by_hand(summary.double().numpy(), world.sex == "F", val & ~judge, judge)
+    assert row["value"] == pytest.approx(roc_auc_score(world.sex[test] == "F", logit[test]), abs=2e-3)
+    others = pick(world.rows(Evaluate(), summary, data=data), attribute="site")
+    assert repr(pick(rows, attribute="site")) == repr(others)
+
+
+def test_without_test_patients_nothing_is_said_of_what_was_erased(world):
+    keep = np.flatnonzero(world.split != "test")
+    rows = world.rows(Evaluate(), keep=keep, data=Data(manifest="m.csv", groups=("sex",)), fitted_on={"sex"})
+    assert {(row["split"], row["status"]) for row in rows} == {("val", "empty")}
+    assert all(math.isnan(row["value"]) and "no test patients" in row["note"] for row in rows)
 
 
 # ── Scarcity ──
@@ -346,7 +383,7 @@ def test_only_the_student_is_studied_again(world, monkeypatch):
     monkeypatch.setattr(probes, "linear", counted)
     summaries = {"student": world.summary, "teacher/one": world.summary, "teacher/none": None}
     data, evaluate = Data(manifest="m.csv", groups=("sex",)), Evaluate(scarcity=(0.5, 1), scarcity_seeds=1)
-    asked = world.manifest, np.arange(len(world.sick)), data, evaluate, SETTINGS
+    asked = world.manifest, np.arange(len(world.sick)), data, evaluate, SETTINGS, set()
     first = list(studies.rows(summaries, *asked, {}, memory))
     once = len(fits)
     again = list(studies.rows(summaries | {"student": world.summary * 2}, *asked, {}, memory))

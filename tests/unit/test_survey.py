@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from agglom import survey
-from agglom.core.types import Features
+from agglom.core import groups
+from agglom.core.types import Derived, Features
 from agglom.errors import DataError
 
+COLUMNS = ("sex", "age", "sex*age")
 SPLIT_N = np.array((["train"] * 6 + ["val"] * 2 + ["test"] * 2) * 10)
 
 
@@ -73,3 +75,63 @@ def test_refuses_features_that_are_not_finite(kind):
     (summary if kind == "summary" else patches)[1] = torch.nan
     with pytest.raises(DataError, match=f"teachers.one: its {kind} features are not finite"):
         survey._Gatherer().add("one", Features(summary, patches, (2, 2)), no, no, no)
+
+
+def test_a_fit_reads_groups_numbers_and_labels():
+    """A continuous attribute by its value, as a group by its bins; a crossing by its groups."""
+    spaces = {name: groups.encode(name, {"sex": ["F", None, "M"], "age": ["<50", ">=50", None]}) for name in COLUMNS}
+    manifest = SimpleNamespace(
+        numbers={"age": np.array([40.0, 60.0, np.nan])},
+        labels=("old", "sick"),
+        label_NL=np.array([[0, 1], [0, np.nan], [0, 0]], np.float32),
+    )
+    job = SimpleNamespace(spaces=spaces, manifest=manifest)
+    found = survey._columns(job, Derived("one", lambda features: features, ("sex", "age", "sex*age"), (), ("sick",)))
+    assert {name: column.dtype for name, column in found.items()} == {
+        **{"sex": torch.int64, "age": torch.float64, "sex*age": torch.int64, "sick": torch.float64}
+    }
+    assert found["sex"].tolist() == [0, -1, 1]
+    assert found["age"].nan_to_num(-1).tolist() == [40, 60, -1]
+    assert found["sex*age"].tolist() == [0, -1, -1]
+    assert found["sick"].nan_to_num(-1).tolist() == [1, -1, 0]
+    assert survey._columns(job, Derived("one", lambda features: features, (), ("age",)))["age"].tolist() == [0, 1, -1]
+
+
+def test_sources_are_fitted_before_what_is_derived_from_them():
+    derived = {"a": "b", "b": "c", "c": None, "d": "c"}
+    teachers = {
+        name: SimpleNamespace(derived=source and SimpleNamespace(source=source)) for name, source in derived.items()
+    }
+    assert survey._sources_first(teachers) == ["c", "b", "d", "a"]
+
+
+def grouped(counts, served=None):
+    """A run whose train images are of groups in these numbers, the last of them of no group."""
+    index_N = torch.tensor([group for group, count in enumerate(counts[:-1]) for _ in range(count)] + [-1] * counts[-1])
+    space = groups.GroupSpace("sex", tuple("FMX"[: len(counts) - 1]), index_N)
+    job = SimpleNamespace(loss=SimpleNamespace(moments_by="sex"))
+    served = {} if served is None else {"local": served}
+    return SimpleNamespace(job=job, spaces={"sex": space}, manifest=index_N, served=served)
+
+
+def test_moments_by_counts_every_group_the_same():
+    weight_N = survey._weights(grouped([6, 2, 2]), "one", np.arange(10))
+    assert weight_N.tolist() == [pytest.approx(4 / 6)] * 6 + [2.0] * 2 + [1.0] * 2
+    some_N = survey._weights(grouped([6, 2, 2]), "one", np.arange(4, 8))
+    assert some_N.tolist() == [0.0] * 4 + [1.0] * 4 + [0.0] * 2
+    everybody = grouped([6, 2, 2])
+    everybody.job.loss.moments_by = None
+    assert survey._weights(everybody, "one", np.arange(3)).tolist() == [1.0] * 3 + [0.0] * 7
+
+
+def test_moments_of_a_specialist_are_of_those_it_serves():
+    serves_N = torch.tensor([True] * 2 + [False] * 4 + [True] * 4)
+    weight_N = survey._weights(grouped([6, 2, 2], serves_N), "local", np.arange(10))
+    assert weight_N.tolist() == [1.0] * 2 + [0.0] * 4 + [1.0] * 4
+
+
+def test_a_group_of_one_image_has_no_moments():
+    with pytest.raises(
+        DataError, match=r"loss.moments_by: of sex M there is one image among the 9 .* of one is fitted"
+    ):
+        survey._weights(grouped([6, 1, 2]), "one", np.arange(9))

@@ -18,6 +18,7 @@ from agglom.core.losses import (
     angle,
     columns,
     objective,
+    overlap,
     table,
     teacher_index,
 )
@@ -232,3 +233,56 @@ def test_a_loss_that_is_not_finite_is_not_hidden():
 def test_features_without_what_a_column_needs_are_refused():
     with pytest.raises(ValueError, match="features without patches"):
         run((Column("t", "patches"),), {"t": leaf()}, {"t": Features(torch.ones(3, 4), None)})
+
+
+def windows(size, patch, at, image):
+    """What an encoder that is the same everywhere makes of a window of `size` pixels at `at` (rows, columns)."""
+    (top, left), (h, w) = at, size
+    cut = image[:, :, top : top + h, left : left + w]
+    tiles = cut.reshape(len(cut), 3, h // patch, patch, w // patch, patch).transpose(0, 2, 4, 1, 3, 5)
+    return tiles.reshape(len(cut), -1, 3 * patch * patch).sum(-1, keepdims=True), (h // patch, w // patch)
+
+
+@pytest.mark.parametrize("here", [(0, 0), (16, 0), (32, 16)])
+@pytest.mark.parametrize("there", [(0, 16), (32, 32), (0, 0)])
+@pytest.mark.parametrize(("mine", "theirs"), [(16, 16), (16, 8), (8, 16)])
+def test_of_shifted_windows_the_shared_patches_are_compared(here, there, mine, theirs):
+    """Patches of 16 and of 8 px on images of 96 × 80, windows of 64 × 48, units of 16 px; by the pixels they show."""
+    image = np.random.default_rng(0).random((2, 3, 96, 80))
+    units, shift = (4, 3), tuple((b - a) // 16 for a, b in zip(here, there, strict=True))
+    shared = [(max(a, b), min(a, b) + side) for a, b, side in zip(here, there, (64, 48), strict=True)]
+    sides = tuple(end - start for start, end in shared)
+    for at, patch, by in ((here, mine, shift), (there, theirs, tuple(-one for one in shift))):
+        patches, grid = windows((64, 48), patch, at, image)
+        found = overlap(Features(torch.ones(2, 1), torch.from_numpy(patches), grid), by, units)
+        expected, grid = windows(sides, patch, (shared[0][0], shared[1][0]), image)
+        assert found.grid == grid
+        np.testing.assert_array_equal(found.patches_BND, expected)
+        assert torch.equal(found.summary_BD, torch.ones(2, 1))
+
+
+def test_a_pair_that_moves_with_the_image_has_the_loss_of_the_whole_on_the_overlap():
+    """A student and a teacher that are shift-equivariant, and a pattern fixed to the teacher's positions."""
+    rng = np.random.default_rng(1)
+    image, fixed = rng.random((2, 3, 64, 64)), torch.from_numpy(rng.random((1, 9, 1)))
+    here, there, column = (0, 0), (16, 16), (Column("t", "patches"),)
+    student, teacher = (
+        Features(None, torch.from_numpy(windows((48, 48), 16, at, image)[0] * factor), (3, 3))
+        for at, factor in ((here, 1.0), (there, 1.5))
+    )
+
+    def loss(teacher):
+        pair = overlap(student, (1, 1), (3, 3)), overlap(teacher, (-1, -1), (3, 3))
+        return run(column, {"t": pair[0]}, {"t": pair[1]}).loss_BT[:, 0]
+
+    whole = windows((32, 32), 16, (16, 16), image)[0]
+    np.testing.assert_allclose(loss(teacher), ((0.5 * whole) ** 2).mean((1, 2)), rtol=1e-5)
+    same = student._replace(patches_BND=torch.from_numpy(windows((48, 48), 16, there, image)[0]))
+    assert float(loss(same).abs().max()) == 0
+    assert (loss(same._replace(patches_BND=same.patches_BND + fixed)) > 0.1).all()
+
+
+@pytest.mark.parametrize(("grid", "shift", "message"), [((3, 4), (1, 0), "whole number"), ((4, 4), (0, 2), "nothing")])
+def test_windows_that_cannot_be_compared_are_refused(grid, shift, message):
+    with pytest.raises(ValueError, match=message):
+        overlap(Features(None, torch.zeros(1, grid[0] * grid[1], 2), grid), shift, (2, 2))

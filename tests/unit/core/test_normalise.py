@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from agglom.core.losses import SUMMARY, mse
-from agglom.core.normalise import Moments, apply, cone, fit, fold, hadamard, invert, rotation_equal_variance
+from agglom.core.normalise import (
+    Moments,
+    apply,
+    balanced,
+    change,
+    cone,
+    fit,
+    fold,
+    hadamard,
+    invert,
+    rotation_equal_variance,
+)
 
 KINDS = ("phi_s", "global_std", "standardise", "whiten", "none")
 FOUND = (1, 2, 4, 8, 12, 20, 28, 36, 44, 64, 192, 384, 576, 768, 1024, 1152, 1280, 1408)
@@ -195,6 +208,107 @@ def test_the_mean_direction_scores_one_on_the_angular_loss():
     assert float(dispersion) == pytest.approx((np.arccos(unit @ mean) ** 2).mean(), rel=1e-5)
     loss_N = SUMMARY["angular"](direction_D.expand(300, -1), y_ND.float(), dispersion)
     assert float(loss_N.mean()) == pytest.approx(1, rel=1e-4)
+
+
+@given(st.integers(0, 2**31), st.integers(2, 5))
+@settings(max_examples=20, deadline=None)
+def test_weighted_moments_are_those_of_repeated_samples(seed, parts):
+    rng = np.random.default_rng(seed)
+    x_ND, times_N = samples(30, 5, seed), torch.from_numpy(rng.integers(1, 6, 30))
+    found = Moments.empty(5)
+    for x, times in zip(x_ND.tensor_split(parts), times_N.tensor_split(parts), strict=True):
+        found = found.update(x, times)
+    expected = moments(x_ND.repeat_interleave(times_N, 0))
+    assert found.count == expected.count
+    torch.testing.assert_close(found.mean_D, expected.mean_D, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.scatter_DD, expected.scatter_DD, rtol=1e-10, atol=1e-10)
+    found, expected = cone(x_ND, times_N), cone(x_ND.repeat_interleave(times_N, 0))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_balanced_moments_are_the_mean_over_the_groups():
+    """Of 40, 8 and 2 images, the group without any left out; those of no group keep their mass."""
+    group_N = torch.tensor([0] * 40 + [1] * 8 + [3] * 2)
+    x_ND = samples(50, 4) + group_N[:, None]
+    found = Moments.empty(4).update(x_ND, balanced(group_N))
+    members = [x_ND[group_N == group].numpy() for group in (0, 1, 3)]
+    mean_D = np.mean([one.mean(0) for one in members], 0)
+    np.testing.assert_allclose(found.mean_D, mean_D, rtol=1e-12)
+    spread_DD = np.mean([(one - mean_D).T @ (one - mean_D) / len(one) for one in members], 0)
+    np.testing.assert_allclose(found.scatter_DD / found.count, spread_DD, rtol=1e-10)
+    assert found.count == pytest.approx(50)
+    weight_N = balanced(torch.cat([group_N, torch.full((10,), -1)]))
+    assert weight_N[-10:].tolist() == [1.0] * 10
+    for group in (0, 1, 3):
+        assert float(weight_N[:50][group_N == group].sum()) == pytest.approx(50 / 3)
+    assert balanced(torch.full((3,), -1)).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("old", KINDS)
+@pytest.mark.parametrize("new", KINDS)
+def test_targets_of_one_normaliser_become_those_of_another(old, new):
+    x_ND = samples(300, 12)
+    before, after = fit(old, moments(x_ND)), fit(new, moments(samples(200, 12, seed=1) * 2))
+    found = apply(change(before, after), apply(before, x_ND))
+    torch.testing.assert_close(found, apply(after, x_ND), rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(invert(change(before, after), found), apply(before, x_ND), rtol=1e-3, atol=2e-3)
+
+
+# Embedding widths of timm's vision transformers, hierarchical transformers and convolutional networks, by hand: those
+# of their smallest to their largest members.
+TIMM = [
+    *(96, 144, 160, 192, 200, 216, 224, 240, 256, 288, 320, 336, 368, 384, 400, 408, 432, 440, 448, 480, 512, 528, 544),
+    *(576, 588, 624, 640, 672, 704, 720, 768, 784, 864, 888, 896, 912, 960, 984, 1000, 1008, 1024, 1056, 1152, 1232),
+    *(1280, 1408, 1440, 1504, 1512, 1536, 1664, 1728, 1792, 1920, 2016, 2048, 2208, 2240, 2304, 2520, 2560, 2816),
+    *(3024, 3072, 3712, 4096),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", TIMM)
+def test_every_usual_width_has_a_hadamard_matrix(width):
+    assert hadamard(width).shape == (width, width)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [518, 1001])
+def test_the_rotation_of_an_unusual_width_takes_bounded_time(width):
+    spectrum_D = torch.logspace(0, -6, width, dtype=torch.float64)
+    started = time.process_time()
+    rotation_DD = rotation_equal_variance(spectrum_D, 0)
+    assert time.process_time() - started < 10
+    diagonal_D = rotation_DD.square() @ spectrum_D
+    torch.testing.assert_close(diagonal_D / spectrum_D.mean(), torch.ones_like(diagonal_D), rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["dinov2_vits14", "efficientnet_lite0"])
+def test_normalisers_of_real_teachers_are_inverted_and_isotropic(model):
+    """Digits at 112 px: features of real networks, whose spectra fall over many decades."""
+    from sklearn.datasets import load_digits
+
+    from agglom import plugins
+
+    teacher = plugins.build("packaged", "teachers", {"model": model})
+    pixels = torch.from_numpy(load_digits().images[:60] / 16).float()[:, None]
+    pixels = nn.functional.interpolate(pixels, (112, 112), mode="bilinear").expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        y_ND = teacher.encode(pixels).patches_BND.flatten(0, 1)
+    found = moments(y_ND, 700)
+    for kind in KINDS:
+        affine = fit(kind, found)
+        z_ND = apply(affine, y_ND)
+        error = (invert(affine, z_ND) - y_ND).norm() / y_ND.norm()
+        assert float(error) < 1e-5, kind
+        if kind in ("phi_s", "global_std"):
+            scale = float(y_ND.double().var(0, correction=0).mean().sqrt())
+            z, y = z_ND[:200].double(), y_ND[:200].double()
+            near, far = torch.cdist(z, z) * scale, torch.cdist(y, y)
+            torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
+        if kind == "phi_s":
+            torch.testing.assert_close(
+                z_ND.double().var(0, correction=0).float(), torch.ones(len(z_ND.T)), rtol=0, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("bad", [samples(1, 3), torch.ones(5, 3), torch.full((5, 3), float("nan"))])

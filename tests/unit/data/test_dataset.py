@@ -18,6 +18,7 @@ from agglom.errors import DataError
 from agglom.job import Augment
 
 ROWS = 6
+SIZE = (16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +43,13 @@ def manifest(tmp_path_factory) -> Manifest:
 
 
 def dataset(manifest: Manifest, **options) -> ImageDataset:
-    defaults = {"size": 16, "augment": Augment(), "group_N": np.array([0, 1, -1] * 2), "seed": 3}
+    defaults = {"augment": Augment(), "group_N": np.array([0, 1, -1] * 2), "seed": 3}
     return ImageDataset(manifest, manifest.rows("train"), **{**defaults, **options})
 
 
 def test_batch(manifest):
     data = dataset(manifest)
-    batch = collate([data[2, 0], data[1, -1]])
+    batch = collate([data[2, 0, SIZE], data[1, -1, SIZE]])
     assert batch.pixels_BCHW.shape == (2, 3, 16, 16)
     assert batch.pixels_BCHW.dtype == torch.float32
     assert batch.row_B.tolist() == [2, 1]
@@ -62,41 +63,62 @@ def test_batch(manifest):
 
 def test_without_labels(manifest):
     bare = replace(manifest, labels=(), label_NL=np.zeros((ROWS, 0), np.float32))
-    assert collate([dataset(bare)[0, 0]]).label_BL is None
+    assert collate([dataset(bare)[0, 0, SIZE]]).label_BL is None
 
 
 def test_views_repeat_and_differ(manifest):
-    pixels = {key: dataset(manifest)[key].pixels_BCHW for key in ((0, 0), (0, 1), (0, -1))}
+    pixels = {key: dataset(manifest)[*key, SIZE].pixels_BCHW for key in ((0, 0), (0, 1), (0, -1))}
     torch.manual_seed(99)
     for key, value in pixels.items():
-        torch.testing.assert_close(dataset(manifest)[key].pixels_BCHW, value, rtol=0, atol=0)
+        torch.testing.assert_close(dataset(manifest)[*key, SIZE].pixels_BCHW, value, rtol=0, atol=0)
     assert not torch.equal(pixels[0, 0], pixels[0, 1])
-    assert not torch.equal(pixels[0, 0], dataset(manifest, seed=4)[0, 0].pixels_BCHW)
-    torch.testing.assert_close(dataset(manifest, augment=None)[0, 7].pixels_BCHW, pixels[0, -1], rtol=0, atol=0)
+    assert not torch.equal(pixels[0, 0], dataset(manifest, seed=4)[0, 0, SIZE].pixels_BCHW)
+    torch.testing.assert_close(dataset(manifest, augment=None)[0, 7, SIZE].pixels_BCHW, pixels[0, -1], rtol=0, atol=0)
 
 
 def test_views_are_pinned():
     """A change of these numbers changes every run: say so in the release notes."""
-    assert crop_box(100, 200, (0.5, 1.0), view_random(0, 1, 2)) == (1, 27, 94, 114)
+    assert crop_box((100, 200), (0.5, 1.0), view_random(0, 1, 2)) == (1, 27, 94, 114)
 
 
 def test_clean_view_is_the_whole_image():
     ramp_CHW = torch.linspace(0, 1, 64).expand(1, 32, 64)
-    small_CHW = resize(ramp_CHW, 8)
+    small_CHW = resize(ramp_CHW, (8, 8))
     assert small_CHW.shape == (1, 8, 8)
     torch.testing.assert_close(small_CHW[0, 0], torch.linspace(0, 1, 64).reshape(8, 8).mean(1), atol=0.02, rtol=0)
 
 
 def test_grey_image_has_three_equal_channels(manifest):
-    pixels_CHW = dataset(manifest)[1, 0].pixels_BCHW
+    pixels_CHW = dataset(manifest)[1, 0, SIZE].pixels_BCHW
     assert torch.equal(pixels_CHW[0], pixels_CHW[2])
+
+
+def test_size_is_height_and_width(manifest):
+    tall = (24, 8)
+    data = dataset(manifest)
+    assert data[0, 0, tall].pixels_BCHW.shape == data[0, -1, tall].pixels_BCHW.shape == (3, *tall)
+    # The same view at twice the size is the same crop.
+    large_CHW = data[0, 0, (48, 16)].pixels_BCHW
+    torch.testing.assert_close(resize(large_CHW, tall), data[0, 0, tall].pixels_BCHW, atol=0.15, rtol=0)
+
+
+def test_crop_has_the_aspect_of_the_size():
+    """A tall view of a wide image is a tall crop of it, squeezed by no more than a square view is."""
+    boxes = [crop_box((300, 400), (0.2, 0.4), view_random(0, row, 0), 0.5) for row in range(50)]
+    aspects = [w / h for _, _, h, w in boxes]
+    assert 0.37 < min(aspects) < 0.42
+    assert 0.6 < max(aspects) < 0.67
 
 
 def test_flip_only_on_request():
     ramp_CHW = torch.linspace(0, 1, 32).expand(1, 32, 32)
     rising = {
         flip: [
-            bool((lambda v: v[0, 0, 0] < v[0, 0, -1])(augmented(ramp_CHW, 8, Augment(flip=flip), view_random(0, r, 0))))
+            bool(
+                (lambda v: v[0, 0, 0] < v[0, 0, -1])(
+                    augmented(ramp_CHW, (8, 8), Augment(flip=flip), view_random(0, r, 0))
+                )
+            )
             for r in range(60)
         ]
         for flip in (False, True)
@@ -111,15 +133,16 @@ def test_flip_only_on_request():
     width=st.integers(1, 600),
     scale=st.tuples(st.floats(0.01, 1), st.floats(0.01, 1)).map(lambda pair: tuple(sorted(pair))),
     seed=st.integers(0, 10**9),
+    aspect=st.sampled_from([1.0, 0.5, 4 / 3]),
 )
-def test_crops_lie_inside(height, width, scale, seed):
-    top, left, h, w = crop_box(height, width, scale, random.Random(seed))
+def test_crops_lie_inside(height, width, scale, seed, aspect):
+    top, left, h, w = crop_box((height, width), scale, random.Random(seed), aspect)
     assert 0 <= top <= top + h <= height
     assert 0 <= left <= left + w <= width
     assert h >= 1
     assert w >= 1
     if min(h, w) > 50:
-        assert 0.72 < w / h < 1.39
+        assert 0.72 < w / h / aspect < 1.39
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -128,13 +151,13 @@ def test_unreadable_image_names_file_and_row(manifest, workers, tmp_path):
     broken.write_bytes(b"\x89PNG")
     data = dataset(replace(manifest, images=(str(broken),) * ROWS))
     with pytest.raises(DataError) as caught:
-        next(loader(data, [[(4, 0)]], workers))
+        next(loader(data, [[(4, 0, SIZE)]], workers))
     assert str(caught.value).startswith(f"{broken}: the image cannot be decoded")
     assert str(caught.value).endswith("(data row 5 of m.csv)")
 
 
 def test_workers_do_not_change_pixels(manifest):
-    micro_batches = [[(row, view) for row in range(ROWS)] for view in (-1, 0, 1)]
+    micro_batches = [[(row, view, size) for row in range(ROWS)] for view, size in ((-1, SIZE), (0, (8, 24)), (1, SIZE))]
     state = torch.get_rng_state()
     alone = list(loader(dataset(manifest), micro_batches, 0))
     shared = list(loader(dataset(manifest), micro_batches, 2))
