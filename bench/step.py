@@ -1,6 +1,6 @@
 """The full training step beside the sum of its parts in plain PyTorch, in one process: the target is a ratio ≤ 1.03.
 
-The loop is agglom's own, `train.distill` on digits. Between its steps the same work is done by hand on the same images:
+The loop is that of `agglom distill`, on digits. Between its steps the same work is done by hand on the same images:
 the forward of each teacher, then a bare student step (forward with heads, the same losses, backward, clipping, AdamW)
 on a copy that started from the same weights. So both sides see the same state of the machine, step by step, and that
 they do the same work is seen by their losses. Reading images is left out of both, and so are evaluations and the
@@ -25,7 +25,8 @@ import torch
 from _common import ROOT, parser, table, versions, write_json
 from torch import Tensor, nn
 
-from agglom import config, evaluate, export, targets, train
+from agglom import config, distill, evaluate, export, targets, train
+from agglom.checkpoints import State
 from agglom.core import losses, schedule
 from agglom.core.types import Batch
 from agglom.data import simulate
@@ -120,7 +121,7 @@ def run(options: Any) -> tuple[Measured, str]:
     models: list[nn.Module] = []
     ours: list[Tensor] = []
     theirs: list[Tensor] = []
-    kept = train._read, train.build_distiller, train._farewell, losses.objective, evaluate.evaluate, export.write
+    kept = train._read, distill.build_distiller, distill._farewell, losses.objective, evaluate.evaluate, export.write
     read, build, _, objective, *_ = kept
 
     def built(*arguments: Any) -> nn.Module:
@@ -133,7 +134,7 @@ def run(options: Any) -> tuple[Measured, str]:
         ours.append(found.detach())
         return found
 
-    def between(loop: train.Loop, stage: Any, state: train.State, *more: Any) -> list[Batch]:
+    def between(loop: train.Loop, stage: Any, state: State, *more: Any) -> list[Batch]:
         nonlocal plain, started, device
         device = loop.run.world.device
         if started is not None and state.step > options.warm:
@@ -164,12 +165,12 @@ def run(options: Any) -> tuple[Measured, str]:
         )
         (path / "job.yaml").write_text(text)
         job, base = config.load(path / "job.yaml")
-        train._read, train.build_distiller, train._farewell = between, built, lambda *_: "done"
+        train._read, distill.build_distiller, distill._farewell = between, built, lambda *_: "done"
         losses.objective, evaluate.evaluate, export.write = seen, lambda *_: None, lambda *_: None
         try:
-            train.distill(job, base, path / "out")
+            distill.distill(job, base, path / "out")
         finally:
-            train._read, train.build_distiller, train._farewell = kept[:3]
+            train._read, distill.build_distiller, distill._farewell = kept[:3]
             losses.objective, evaluate.evaluate, export.write = kept[3:]
     found.losses = [(a.item(), b.item()) for a, b in zip(ours, theirs, strict=True)]
     found.teachers, found.student = found.teachers[: len(found.full)], found.student[: len(found.full)]

@@ -231,9 +231,9 @@ def _parameters(leg, title: str) -> str:
 def _distill(arguments: argparse.Namespace) -> int:
     out = _out(arguments)
     job, base = _load(arguments, out)
-    from agglom import train
+    from agglom.distill import distill
 
-    train.distill(job, base, out, resume=arguments.resume)
+    distill(job, base, out, resume=arguments.resume)
     return 0
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agglom import train
+from agglom import checkpoints, progress, train
 
 ROOT = Path(__file__).parents[2]
 OURS = [str(ROOT / folder) for folder in ("agglom", "teachers", "students")]
@@ -91,11 +91,12 @@ def watch(monkeypatch):
         return call
 
     monkeypatch.setattr(train, "_read", switched(train._read, after=True))
-    for name in ("_assert_finite", "_log", "_save"):
-        monkeypatch.setattr(train, name, switched(getattr(train, name), after=False))
+    for place, name in AT_LOG_POINTS:
+        monkeypatch.setattr(place, name, switched(getattr(place, name), after=False))
     return seen
 
 
+AT_LOG_POINTS = (train, "_assert_finite"), (progress, "log"), (checkpoints, "save")
 BALANCERS = {
     "group_dro": {},
     "teacher_dropping": {"balance": {"kind": "teacher_dropping"}},
@@ -167,8 +168,8 @@ def test_no_step_waits_for_an_accelerator(lab, monkeypatch, kind):
 
     allowed, refused = mode("default"), mode("error")
     monkeypatch.setattr(train, "_read", switched(train._read, allowed, refused))
-    for name in ("_assert_finite", "_log", "_save"):
-        monkeypatch.setattr(train, name, switched(getattr(train, name), allowed, refused))
+    for place, name in AT_LOG_POINTS:
+        monkeypatch.setattr(place, name, switched(getattr(place, name), allowed, refused))
     for name in ("__call__", "backward", "step"):  # what DeepSpeed does in them is its own affair
         monkeypatch.setattr(Engine, name, switched(getattr(Engine, name), allowed, refused))
     monkeypatch.setattr(train, "train", switched(train.train, allowed, allowed))

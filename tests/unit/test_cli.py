@@ -47,14 +47,14 @@ def failing(monkeypatch, job, tmp_path):
     """Run `distill` with a training that raises, and return status and stderr."""
 
     def run(error, capsys, *more):
-        module = type(sys)("agglom.train")
+        module = type(sys)("agglom.distill")
 
         def distill(*arguments, **named):
             raise error
 
         module.distill = distill
-        monkeypatch.setitem(sys.modules, "agglom.train", module)
-        monkeypatch.setattr(agglom, "train", module, raising=False)
+        monkeypatch.setitem(sys.modules, "agglom.distill", module)
+        monkeypatch.setattr(agglom, "distill", module, raising=False)
         status = cli.main(["distill", "--config", str(job), "--out", str(tmp_path / "out"), *more])
         return status, capsys.readouterr().err
 
@@ -210,10 +210,10 @@ def test_one_rank_speaks_of_the_configuration_and_each_of_its_data(failing, caps
 
 def test_arguments_reach_the_training(monkeypatch, job, tmp_path):
     calls = []
-    module = type(sys)("agglom.train")
+    module = type(sys)("agglom.distill")
     module.distill = lambda job, base, out, resume: calls.append((job, base, out, resume))
-    monkeypatch.setitem(sys.modules, "agglom.train", module)
-    monkeypatch.setattr(agglom, "train", module, raising=False)
+    monkeypatch.setitem(sys.modules, "agglom.distill", module)
+    monkeypatch.setattr(agglom, "distill", module, raising=False)
     flags = ["--set", "seed=7", "--set", "optim.batch=8", "--resume", "never", "--local_rank=0", "--deepspeed"]
     assert cli.main(["distill", "--config", str(job), "--out", str(tmp_path / "o"), *flags]) == 0
     ((got, base, out, resume),) = calls
