@@ -262,7 +262,7 @@ def _sizes(run: Run, surveyed: Survey, sizes: Sequence[Side]) -> dict[str, list[
     }
     families: dict[str, list[str]] = {}
     for name in run.teachers:
-        families.setdefault(_root(run.teachers, name), []).append(name)
+        families.setdefault(targets.root(run.teachers, name), []).append(name)
     for size, (root, family) in itertools.product(dict.fromkeys(asked), families.items()):
         if size == first:
             continue
@@ -282,12 +282,6 @@ def _sizes(run: Run, surveyed: Survey, sizes: Sequence[Side]) -> dict[str, list[
         for name, one in ones.items():
             found[name].append(one)
     return found
-
-
-def _root(teachers: Mapping[str, Teacher], name: str) -> str:
-    """The teacher whose forward a derived one shares; another is its own."""
-    derived = teachers[name].derived
-    return name if derived is None else _root(teachers, derived.source)
 
 
 def _encoded(run: Run, names: Sequence[str], rows: np.ndarray, size: Size) -> dict[str, Features]:

@@ -199,6 +199,12 @@ def resize(pixels_BCHW: Tensor, size: Size) -> Tensor:
     return F.interpolate(pixels_BCHW, size, mode="bilinear", antialias=True, align_corners=False)
 
 
+def root(teachers: Mapping[str, Teacher], name: str) -> str:
+    """The teacher that sees the pixels: a derived one sees what its source does."""
+    derived = teachers[name].derived
+    return name if derived is None else root(teachers, derived.source)
+
+
 @torch.no_grad()
 def encode(
     teachers: Mapping[str, Teacher],

@@ -17,7 +17,7 @@ from agglom.checkpoints import State
 from agglom.core import groups, losses, schedule
 from agglom.core.balance import Cells
 from agglom.core.losses import Column
-from agglom.core.types import Balancer, Batch, CellStats, Features, LossTable, Student, Teacher
+from agglom.core.types import Balancer, Batch, CellStats, Features, LossTable, Student
 from agglom.data.dataset import ImageDataset
 from agglom.data.sampler import drawn, loader, stream
 from agglom.engine import Engine, latest
@@ -179,7 +179,7 @@ def _compared(
 ) -> tuple[dict[str, Features], dict[str, Features]]:
     """What the student predicts of a micro-batch and what it is asked for, on the patches that both sides see."""
     teachers, here = loop.run.teachers, shift.draw(places)
-    root = {name: _root(teachers, name) for name in stage.teachers}
+    root = {name: targets.root(teachers, name) for name in stage.teachers}
     there = {name: shift.draw(places) for name in sorted(set(root.values()))}
     features = targets.encode(
         teachers, stage.teachers, batch.pixels_BCHW, lambda name, pixels_BCHW: shift.window(pixels_BCHW, there[name])
@@ -192,18 +192,12 @@ def _compared(
     return predicted | {name: shift.overlap(predicted[name], here, there[root[name]]) for name in wanted}, wanted
 
 
-def _root(teachers: Mapping[str, Teacher], name: str) -> str:
-    """The teacher that sees the pixels: a derived one sees what its source does."""
-    derived = teachers[name].derived
-    return name if derived is None else _root(teachers, derived.source)
-
-
 def shifts_of(run: Run, student: Student) -> dict[str, dict[Size, Shift]]:
     """By stage and size of its images, how they are shifted. Raises ConfigError where they cannot be."""
     found: dict[str, dict[Size, Shift]] = {}
     for stage in run.plan.stages:
         learnt = [name for name in stage.teachers if name in run.targets and run.targets[name].patches is not None]
-        specs = {name: run.teachers[_root(run.teachers, name)].pixels for name in learnt}
+        specs = {name: run.teachers[targets.root(run.teachers, name)].pixels for name in learnt}
         found[stage.name] = {
             size: targets.shift(specs, student.pixels, size, run.job.loss.shift) for size in stage.sizes
         }
