@@ -179,7 +179,10 @@ def build_teachers(job: Job, device: torch.device) -> dict[str, Teacher]:
         if name not in built:
             spec = job.teachers[name]
             source = {} if spec.source is None else {"source": build(spec.source), "source_name": spec.source}
-            teacher = plugins.build(spec.kind, "teachers", spec.options, **source)
+            try:
+                teacher = plugins.build(spec.kind, "teachers", spec.options, **source)
+            except PluginError as error:
+                raise PluginError(f"teachers.{name}: {str(error).removeprefix(f'teachers.{spec.kind}: ')}") from error
             if not isinstance(teacher, Teacher):
                 raise PluginError(f"teachers.{name}: build() returned {type(teacher).__name__}, expected a Teacher")
             teacher.module.eval().requires_grad_(False)

@@ -136,13 +136,15 @@ def _gradients(run: Run, targets: _Targets, student: Distiller) -> dict[str, Any
     order_M = np.random.default_rng(run.job.seed).permutation(len(row_M))
     total_TP: Tensor | float = 0.0
     count_T: Tensor | float = 0.0
+    both_TT: Tensor | int = 0
     groups, taken = [], 0
     for group, mine_M in parts.items():
         place_I = np.sort(order_M[mine_M[order_M]][:quota])
         share = mine_M.sum() / max(1, len(place_I))
         sum_TP = _summed(run, targets, student, place_I)
-        served = [targets.served(name, torch.as_tensor(place_I)).sum() for name in targets.names]
-        total_TP, count_T = total_TP + share * sum_TP, count_T + share * torch.stack(served)
+        served_TI = torch.stack([targets.served(name, torch.as_tensor(place_I)) for name in targets.names]).long()
+        total_TP, count_T = total_TP + share * sum_TP, count_T + share * served_TI.sum(1)
+        both_TT = both_TT + served_TI @ served_TI.T
         taken += len(place_I)
         if group:
             cosine = diagnosis.cosines(_gram(sum_TP)).tolist() if len(place_I) >= LEAST else None
@@ -151,6 +153,7 @@ def _gradients(run: Run, targets: _Targets, student: Distiller) -> dict[str, Any
     return {
         "teachers": targets.names,
         "n_gradient": taken,
+        "n_both": torch.as_tensor(both_TT).tolist(),
         "cosine": diagnosis.cosines(gram_TT).tolist(),
         "norm": (gram_TT.diagonal().sqrt() / count_T).tolist(),
         "attribute": attribute,

@@ -9,7 +9,6 @@ Suffixes: N images, D width, B batch.
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from agglom import curriculum, evaluate, findings, hosting, licences, plan, report, targets
 from agglom.assemble import Run, assemble, batches
-from agglom.core import diagnosis, normalise
+from agglom.core import diagnosis
 from agglom.core.heads import resample
 from agglom.core.normalise import Moments
 from agglom.core.types import Batch, Features, Teacher
@@ -35,7 +34,8 @@ from agglom.job import Job, Side, Size, pair, side
 from agglom.reading import MAIN, Reading
 from agglom.report import GroupReport
 from agglom.runtime import StopRequest
-from agglom.survey import Pool, Survey, survey
+from agglom.survey import Survey, survey
+from agglom.targets import Normaliser
 
 STAGE = "doctor"
 # Held-out images whose patches are looked at, and those that are encoded once more at every size.
@@ -59,13 +59,15 @@ def main(job: Job, base: Path, out: Path | None) -> str:
       attribute, groups, or null), `input` (px at that size), `pinned` (whether at any size), and
 
       - `summary`, `patches`: null, or a dict `width`, `n_images`, `rms` (of raw features), `effective_rank`; a summary
-        also `dispersion` (E[Θ²] about the mean direction, radians², `normalise.cone`); patches also `grid`,
+        also `dispersion` (E[Θ²] about the mean direction, radians², that of its normaliser); patches also `grid`,
         `high_norm_share` and `largest_norm` (`diagnosis.high_norm`). Summaries are those of the train images that the
-        probes are fitted on, patches those of at most `PATCH_IMAGES` held-out images;
+        probes are fitted on, patches those of at most `PATCH_IMAGES` held-out images; of a specialist, among those that
+        it serves;
       - `sizes`: list of dicts `size`, `input`, `status` and, against the first one's size, on `SIZE_IMAGES` held-out
         images, `summary_cosine`, `summary_cka` and `patches_cosine` (on the coarser grid), see `diagnosis`. Status:
-        "reference", "ok", "pinned" (sees the same pixels at every size), "same" (rounds to the reference), or what the
-        teacher said when it refused the size; only "ok" has numbers;
+        "reference", "ok", "pinned" (its input has one size, to which images of any other are scaled), "same" (the
+        input has the size that it has at the reference), or what the teacher said when it refused the size. The
+        reference has no numbers, nor has what was refused;
       - `cost`: `images_per_s` (a batch of `evaluate.batch`; of a derived teacher, beyond its source), `weights_mib`
         (of its module), `peak_mib` (allocated on the accelerator during a call, beyond what lay there before; null on
         the CPU, whose allocator keeps no account, and `note` says so);
@@ -87,9 +89,10 @@ def main(job: Job, base: Path, out: Path | None) -> str:
         surveyed, normalisers = survey(run, prompted=False)
         surveyed = cast(Survey, surveyed)
         measured = evaluate.evaluate(run, surveyed, normalisers, evaluate.TEACHERS_STAGE, None)
-        found = examined(run, surveyed, cast(evaluate.Evaluation, measured).report, asked)
-        later = [f"Not there yet, so not examined: {name}." for name in job.teachers if name not in run.teachers]
-        found.context["notes"] += later
+        found = examined(run, surveyed, normalisers, cast(evaluate.Evaluation, measured).report, asked)
+        later = [name for name in job.teachers if name not in run.teachers]
+        if later:
+            found.context["notes"].append(f"Not there yet, so not examined: {findings.listed(later)}.")
         text = render(found)
         if out:
             report.put(out / "doctor.json", report.to_json(found))
@@ -97,7 +100,9 @@ def main(job: Job, base: Path, out: Path | None) -> str:
     return text
 
 
-def examined(run: Run, surveyed: Survey, stage: GroupReport, sizes: Sequence[Side]) -> GroupReport:
+def examined(
+    run: Run, surveyed: Survey, normalisers: Mapping[str, Normaliser], stage: GroupReport, sizes: Sequence[Side]
+) -> GroupReport:
     """What is said of the teachers, given the report of their stage; `sizes` are those to look at besides."""
     rows = [
         row | {"stage": STAGE}
@@ -108,7 +113,7 @@ def examined(run: Run, surveyed: Survey, stage: GroupReport, sizes: Sequence[Sid
     at_sizes = _sizes(run, surveyed, sizes)
     teachers = {
         name: _identity(run, name)
-        | _features(run, surveyed, surveyed.pools[name])
+        | _features(run, surveyed, name, normalisers[name])
         | {"sizes": at_sizes[name], "cost": _cost(run, surveyed, name)}
         for name in run.teachers
     }
@@ -147,15 +152,17 @@ def _identity(run: Run, name: str) -> dict[str, Any]:
     }
 
 
-def _features(run: Run, surveyed: Survey, pool: Pool) -> dict[str, Any]:
-    """Of the two kinds of raw features."""
-    summary, patches = None, None
+def _features(run: Run, surveyed: Survey, name: str, normaliser: Normaliser) -> dict[str, Any]:
+    """Of the two kinds of raw features, on the images that the teacher serves."""
+    pool, summary, patches = surveyed.pools[name], None, None
+    served = np.flatnonzero(run.served[name]) if name in run.served else np.arange(len(run.manifest))
     if pool.summary_ND is not None:
-        train_N = np.isin(surveyed.rows_N, run.manifest.rows("train"))
+        train_N = np.isin(surveyed.rows_N, np.intersect1d(run.manifest.rows("train"), served))
         summary_ND = pool.summary_ND[torch.as_tensor(train_N)]
-        summary = _spread(summary_ND) | {"n_images": len(summary_ND), "dispersion": _dispersion(summary_ND)}
+        summary = _spread(summary_ND) | {"n_images": len(summary_ND), "dispersion": normaliser.dispersion}
     if pool.patches_MND is not None:
-        few_M = _spaced(len(pool.patches_MND), PATCH_IMAGES)
+        mine_M = torch.as_tensor(np.flatnonzero(np.isin(surveyed.held_M, served)))
+        few_M = mine_M[_spaced(len(mine_M), PATCH_IMAGES)]
         patches_ND = pool.patches_MND[few_M].flatten(0, 1)
         share, largest = diagnosis.high_norm(patches_ND.norm(dim=1))
         patches = _spread(patches_ND) | {"n_images": len(few_M), "grid": pool.grid}
@@ -172,13 +179,6 @@ def _spread(x_ND: Tensor) -> dict[str, Any]:
         "rms": diagnosis.rms(moments),
         "effective_rank": diagnosis.effective_rank(moments),
     }
-
-
-def _dispersion(summary_ND: Tensor) -> float:
-    try:
-        return float(normalise.cone(summary_ND)[1])
-    except ValueError:  # summaries that are all alike
-        return math.nan
 
 
 def _spaced(total: int, most: int) -> Tensor:
@@ -266,19 +266,17 @@ def _sizes(run: Run, surveyed: Survey, sizes: Sequence[Side]) -> dict[str, list[
     for size, (root, family) in itertools.product(dict.fromkeys(asked), families.items()):
         if size == first:
             continue
+        pinned, same = run.teachers[root].pixels.size is not None, seen[root][size] == seen[root][first]
+        status = "ok" if not same else "pinned" if pinned else "same"
         ones: dict[str, dict[str, Any]] = {
-            name: {"size": side(size), "input": side(seen[name][size]), "status": "ok"} for name in family
+            name: {"size": side(size), "input": side(seen[name][size]), "status": status} for name in family
         }
-        if seen[root][size] == seen[root][first]:
-            status = "same" if run.teachers[root].pixels.size is None else "pinned"
+        try:
+            features = _encoded(run, family, surveyed.held_M[few_M.numpy()], size)
+            ones = {name: one | _agreement(features[name], reference[name]) for name, one in ones.items()}
+        except (PluginError, ValueError, RuntimeError, AssertionError) as error:
+            status = f"refused: {str(error).splitlines()[0]}"
             ones = {name: one | {"status": status} for name, one in ones.items()}
-        else:
-            try:
-                features = _encoded(run, family, surveyed.held_M[few_M.numpy()], size)
-                ones = {name: one | _agreement(features[name], reference[name]) for name, one in ones.items()}
-            except (PluginError, ValueError, RuntimeError, AssertionError) as error:
-                status = f"refused: {str(error).splitlines()[0]}"
-                ones = {name: one | {"status": status} for name, one in ones.items()}
         for name, one in ones.items():
             found[name].append(one)
     return found
@@ -322,15 +320,17 @@ SERVES = """\
 AUROC of a linear probe on each teacher, fitted on train patients. **Bold**: the teacher that validation patients put
 first; it need not read highest here, and where intervals overlap much, these patients cannot tell."""
 READS = """\
-AUROC with which a linear probe tells a group from all others by a teacher's features: 0.5 is chance. What can be read
-need not be used."""
+AUROC with which a linear probe, {fitted}, tells a group from all others by a teacher's features: 0.5 is chance. What
+can be read need not be used."""
 FEATURES = """\
 Scale: root mean square of the raw features. Effective rank: exp of the entropy of the centred singular values (RankMe).
-Dispersion: mean squared angle to the mean direction, in radians²; it scales the angular loss. High norm: the share of
-patch tokens with more than {factor:g} times the median norm; beside it the largest norm by the median."""
+Dispersion: mean squared angle to the mean direction, in radians², by which the angular loss is divided. High norm: the
+share of patch tokens with more than {factor:g} times the median norm; beside it the largest norm by the median. Images: of a
+specialist, those that it serves."""
 SIZES = """\
 How the features of the same images agree with those at the first size: cosine after centring, CKA without the bias of
-few images. A teacher that is pinned sees the same pixels at every size."""
+few images. At “pinned” and “same” the teacher's input keeps its size: smaller images are enlarged to it, larger ones
+reduced, and what they lack or lose by that changes its features."""
 COSTS = """\
 Images per second of one batch, on {device}; of a derived teacher, beyond its source. Weights: of its module; peak: what
 a call allocates beyond what lay on the accelerator. {licence}."""
@@ -392,9 +392,10 @@ def _map(reading: Reading, teachers: Mapping[str, Any]) -> Iterator[str]:
             if first is None:
                 continue
             best, title = reading.best_teacher(label, place), reading.title(place)
+            best = best if best and not first["weak"] else None
             cells = [_marked(findings.estimate(row), name == best) for name, row in rows.items()]
             lines.append([report.markdown(title), *cells, findings.support(first), first["why"]])
-            if best and not first["weak"]:
+            if best:
                 best_of.setdefault(best, []).append(title)
         told = "; ".join(f"{name} in {findings.listed(titles)}" for name, titles in best_of.items())
         yield f"`{label}`, {reading.measure(label)}: " + (f"first is {told}." if told else "no group is large enough.")
@@ -416,7 +417,7 @@ def _reads(reading: Reading) -> Iterator[str]:
         lines.append([*told, findings.support(first), first["why"]])
     if lines:
         yield _table(("group", *reading.teachers, "patients", ""), lines)
-        yield READS
+        yield READS.format(fitted=findings.leakage_fit(reading))
     else:
         yield "The job names no groups (data.groups)."
 

@@ -286,16 +286,16 @@ def conflict(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
         for j in range(i + 1, len(columns))
     ]
     tables = {
-        (f"losses of, {given['n_images']:,} images", "Pearson", "Spearman"): together,
-        ("gradients of, cosine", *cosines): pulls,
+        "losses": ((f"losses of, {given['n_images']:,} images", "Pearson", "Spearman"), together),
+        "gradients": (("gradients of, cosine", *cosines), pulls),
     }
     drawn = [_heat("losses, Spearman", columns, list(zip(columns, spearman, strict=True)))]
     drawn += [_heat("gradients, cosine", list(cosines), pulls)] if pulls else []
     return {
         "maps": drawn,
         "tables": [
-            {"head": list(head), "lines": [[name, *map(number, values)] for name, values in lines]}
-            for head, lines in tables.items()
+            {"of": of, "head": list(head), "lines": [[name, *map(number, values)] for name, values in lines]}
+            for of, (head, lines) in tables.items()
             if lines
         ],
     }

@@ -10,9 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agglom.reading import FVU_BAR, OVERALL, Place, Reading, Row, unique
+from agglom.reading import FVU_BAR, ON_VALIDATION, OVERALL, Place, Reading, Row, unique
 
 RARE = 0.05
+# Gradients of many parameters that have nothing to do with each other have a cosine near 0, on few images more or less.
+AGAINST = -0.1
 CHANCE = 0.5
 
 # ── Numbers in words ──
@@ -352,10 +354,13 @@ def conflict_finding(given: Mapping[str, Any] | None) -> str:
         return ""
     i, j = min(known, key=lambda pair: given["cosine"][pair[0]][pair[1]])
     value = given["cosine"][i][j]
-    told = f"{names[j]} and {names[i]}: cosine {number(value)} over {count(given['n_gradient'], 'image')}"
+    both, images = given["n_both"][i][j], count(given["n_gradient"], "image")
+    told = f"{names[j]} and {names[i]}: cosine {number(value)} over {images}"
+    told += f", of which both serve {both:,}" if both < given["n_gradient"] else ""
     said = f"The gradients that pull most against each other are those of {told}"
-    if value >= 0:
-        said = f"No two teachers pull the student's trunk against each other; least alike are {told}"
+    if value >= AGAINST:
+        clearly = f"clearly against each other (a cosine below {number(AGAINST)[:-2]})"
+        said = f"No two teachers pull the student's trunk {clearly}; least alike are {told}"
     by = [(one["cosine"][i][j], one["group"].replace("|", " · ")) for one in given["groups"] if one["cosine"]]
     by = sorted(one for one in by if one[0] is not None)
     if len(by) > 1:
@@ -389,6 +394,17 @@ def leakage_finding(reading: Reading) -> str:
     else:
         said = f"We cannot tell whether a linear probe reads any group from features: highest is {group}, {who}, AUROC"
     return f"{said} {estimate(top)}, picked as the highest of {len(known)}. {_NO_PROOF}"
+
+
+def leakage_fit(reading: Reading) -> str:
+    """On whom the probes of `leakage` were fitted, as the notes of its rows say."""
+    rows = [row for row in reading.studies if row["metric"] == "leakage"]
+    unseen = unique(row["attribute"] for row in rows if ON_VALIDATION in (row["note"] or ""))
+    if not unseen:
+        return "fitted on train patients"
+    whom = f"{ON_VALIDATION}, as a teacher was fitted on {listed(unseen)} of train patients"
+    others = unique(row["attribute"] for row in rows if row["attribute"] not in unseen)
+    return f"for {listed(unseen)} {whom}, for {listed(others)} on train patients" if others else whom
 
 
 def sweep_sizes(reading: Reading) -> list[str]:

@@ -144,7 +144,11 @@ class _Check:
 
     def __call__(self, features: Features, pixels_BCHW: Tensor | None) -> Features:
         """The same features. `pixels_BCHW`: what they were computed from, None where that is not images."""
-        for kind, tensor in (("summary", features.summary_BD), ("patches", features.patches_BND)):
+        for kind, tensor, axes in (("summary", features.summary_BD, "BD"), ("patches", features.patches_BND, "BND")):
+            if tensor is not None and tensor.ndim != len(axes):
+                raise PluginError(
+                    f"teachers.{self.name}: emits {kind} of shape {tuple(tensor.shape)}, expected the axes {axes}"
+                )
             emitted, declared = None if tensor is None else tensor.shape[-1], getattr(self.dims, kind)
             if emitted != declared:
                 raise PluginError(

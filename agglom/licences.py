@@ -17,7 +17,7 @@ UNKNOWN = ("unknown", "other", "none")  # what plug-ins and model cards write wh
 FORBIDS = tuple(
     re.compile(pattern)
     for pattern in (
-        r"non-?commercial",  # also Meta's fair-noncommercial-research-license
+        r"\b(non?|not)-?(for-)?commercial",  # also Meta's fair-noncommercial-research-license
         r"\bcc-?by-?nc|\bby-nc\b|\bnc\b",
         r"\bresearch-(only|use|purposes?)\b|\bonly\b.*\bresearch\b|\bresearch\b.*\bonly\b|\bacademic\b",
         r"\bnscl|nvidia-source-code-license",  # in all its versions for others than NVIDIA, "non-commercially"
@@ -28,7 +28,7 @@ FORBIDS = tuple(
 )
 PERMITS = re.compile(
     r"apache(-license)?(-version)?(-2(\.0)?)?|mit(-license)?|(0?bsd)(-[234]-clause)?|isc|unlicense|cc0(-1\.0)?"
-    r"|cc-by(-sa)?-[234]\.[05]|mpl-2\.0|[al]?gpl-[23]\.[01](-only|-or-later)?"
+    r"|cc-by(-sa)?-[234]\.[05]|mpl-2\.0|afl-3\.0|academic-free-license.*|[al]?gpl-[23]\.[01](-only|-or-later)?"
     # Restricted in other ways, but open to commerce.
     r"|nvidia-open-model-license|dinov3-license|apple-ascl"
 )
@@ -49,9 +49,9 @@ def commercial_use(licence: str) -> bool | None:
 
 
 def _one(name: str) -> bool | None:
-    if any(pattern.search(name) for pattern in FORBIDS):
-        return False
-    return True if PERMITS.fullmatch(name) else None
+    if PERMITS.fullmatch(name):
+        return True
+    return False if any(pattern.search(name) for pattern in FORBIDS) else None
 
 
 def of_student(licences: Mapping[str, str]) -> tuple[bool | None, list[str]]:

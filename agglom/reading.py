@@ -34,6 +34,8 @@ MAIN = {"auroc": "AUROC", "dice": "Dice"}
 STUDIES = ("leakage", "scarcity_", "holdout_", "sweep_")
 READOUTS = {"linear": "AUROC, linear probe", "knn": "nearest neighbours", "zeroshot": "zero-shot"}
 OWN = "linear, own threshold"
+# The note of rows of `leakage` by a probe of other patients than those whose features a teacher was fitted on.
+ON_VALIDATION = "fitted on validation patients"
 RATES = {
     **{"tpr": "sensitivity (TPR)", "fpr": "false alarms (FPR)"},
     **{"ppv": "right if flagged (PPV)", "npv": "right if not (NPV)", "selection_rate": "flagged"},

@@ -77,7 +77,8 @@ class GroupReport:
       `path` (dict `step` [S], `weight` [S][G]); 1 is what all weigh without balancing, null who takes no part;
     - `conflict`: dict `columns` (C names `<teacher>/<kind>` of the loss table), `pearson` and `spearman` [C][C] of
       their losses over `n_images`; `teachers` (T), `cosine` [T][T] of the gradients of their losses on the trunk,
-      `norm` [T] of the mean gradient, over `n_gradient` images; `attribute` (or null) and `groups` (list of dicts
+      `norm` [T] of the mean gradient, over `n_gradient` images, of which two teachers both serve `n_both` [T][T] (on
+      the diagonal: one does); `attribute` (or null) and `groups` (list of dicts
       group, n_images, `cosine` [T][T], null where the images are too few). A number that is not defined is null.
 
     Rows of `leakage` have the group that a probe reads in attribute and group; those of `scarcity_auroc[_gap|_worst]`
@@ -250,6 +251,7 @@ def _view(
         "resized": findings.sweep_finding(reading),
         "leakage": figures.leakage(reading),
         "revealed": findings.leakage_finding(reading),
+        "fitted": findings.leakage_fit(reading),
         "charts": figures.charts([*past, (stage, reading)]),
         "weights": figures.weights(context.get("weights")),
         "conflict": figures.conflict(context.get("conflict")),

@@ -175,7 +175,7 @@ def _leakage(
             readout = first = one.probe(fit_N, val_N)
         source = "validation" if seen else "train"
         said = [f"all {source} images have one class"] if readout is None else [readout.note] if readout.note else []
-        said += [f"fitted on validation patients, as a teacher was on {attribute} of train patients"] if seen else []
+        said += [f"{ON_VALIDATION}, as a teacher was on {attribute} of train patients"] if seen else []
         for split in one.splits:
             tested_N = one.known(split)
             if seen and split == "val":

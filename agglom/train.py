@@ -31,11 +31,13 @@ from agglom.targets import Normaliser, Shift
 
 
 class Witness(NamedTuple):
-    """The first step of a log interval whose loss is not finite, else the last step: its rows and their bad cells."""
+    """The first step of a log interval whose loss is not finite, else the last step: its rows and their bad cells;
+    `sick_BT` are those whose target was not finite, so that the teacher is to blame."""
 
     step: Tensor
     row_B: Tensor
     bad_BT: Tensor
+    sick_BT: Tensor
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
         generator, places = _seeded(run, state.step), _places(run, state.step)
         shift = shifts[drawn(stage.sizes, run.job.seed, state.step)]
         cells = _no_cells(run)
-        seen: list[tuple[Batch, LossTable]] = []
+        seen: list[tuple[Batch, LossTable, Tensor]] = []
         for batch in batches:
             predicted, wanted = _compared(loop, stage, aim, shift, places, batch)
             table = losses.table(
@@ -108,7 +110,7 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
             engine.backward(losses.objective(table, weight_BT))
             engine.step(lr, stage.trunk_lr_scale)
             cells = _add(cells, groups.tally(batch.group_B, table.loss_BT, table.valid_BT, len(loop.values)))
-            seen.append((batch, table))
+            seen.append((batch, table, _sick(loop.columns, wanted, table)))
         witness = _witness(state, seen, witness)
         cells = CellStats(*(world.sum(tensor) for tensor in cells))
         state = State(state.step + 1, loop.balancer.update(state.balance, cells), _add(state.window, cells))
@@ -266,13 +268,24 @@ def initial(run: Run, balancer: Balancer) -> State:
     return State(0, weights, _no_cells(run))
 
 
-def _witness(state: State, seen: Sequence[tuple[Batch, LossTable]], before: Witness | None) -> Witness:
+def _sick(columns: Sequence[Column], wanted: Mapping[str, Features], table: LossTable) -> Tensor:
+    """The valid cells whose target is not finite."""
+    sick_TB = [torch.zeros_like(valid_B) for valid_B in table.valid_BT.T]
+    for index, column in enumerate(columns):
+        if column.teacher in wanted:
+            tokens = losses.tokens(wanted[column.teacher], column.kind)
+            sick_TB[index] = ~torch.isfinite(tokens.flatten(1)).all(1)
+    return torch.stack(sick_TB, 1) & table.valid_BT
+
+
+def _witness(state: State, seen: Sequence[tuple[Batch, LossTable, Tensor]], before: Witness | None) -> Witness:
     """This step, unless the interval already holds a step that was not finite: decided on the device, nobody waits."""
-    row_B = torch.cat([batch.row_B for batch, _ in seen])
-    bad_BT = torch.cat([table.valid_BT & ~torch.isfinite(table.loss_BT) for _, table in seen])
+    row_B = torch.cat([batch.row_B for batch, *_ in seen])
+    bad_BT = torch.cat([table.valid_BT & ~torch.isfinite(table.loss_BT) for _, table, _ in seen])
+    sick_BT = torch.cat([sick_BT for *_, sick_BT in seen])
     # `full` writes the number on the device; `tensor` would copy it there, and wait.
     step = torch.full((), state.step + 1, dtype=torch.int64, device=row_B.device)
-    now = Witness(step, row_B, bad_BT)
+    now = Witness(step, row_B, bad_BT, sick_BT)
     sound = torch.isfinite(state.window.sum_GT).all()
     return now if before is None else Witness(*(torch.where(sound, n, b) for n, b in zip(now, before, strict=True)))
 
@@ -284,14 +297,23 @@ def _assert_finite(loop: Loop, stage: ResolvedStage, state: State, witness: Witn
     """
     if witness is None or (bool(torch.isfinite(state.window.sum_GT).all()) and loop.engine.sound()):
         return
+    sick, bad = (_cells_of(loop, witness, cells_BT) for cells_BT in (witness.sick_BT, witness.bad_BT))
+    folder = loop.run.out / "checkpoints"
+    sound = f"the last sound checkpoint is {latest(folder) or 'none'} in {folder}"
+    at = f"stage {stage.name!r} step {int(witness.step)}"
+    if sick:
+        raise NumericsError(
+            f"{at}: target not finite for {sick}; check the weights, dtype and pixels of that teacher; {sound}"
+        )
+    what = f"loss not finite for {bad}" if bad else "gradient not finite"
+    raise NumericsError(f"{at}: {what}; lower stages[{stage.index}].lr or optim.clip; {sound}")
+
+
+def _cells_of(loop: Loop, witness: Witness, cells_BT: Tensor) -> str:
+    """The columns and the data rows of some cells, of all ranks; "" where there are none."""
     names = [f"{column.teacher}/{column.kind}" for column in loop.columns]
-    mine = [(names[column], int(witness.row_B[row]) + 1) for row, column in torch.nonzero(witness.bad_BT).tolist()]
+    mine = [(names[column], int(witness.row_B[row]) + 1) for row, column in torch.nonzero(cells_BT).tolist()]
     found = [pair for pairs in loop.run.world.gather(mine) for pair in pairs]
     teachers, rows = sorted({name for name, _ in found}), sorted({row for _, row in found})
     shown = ", ".join(map(str, rows[:8])) + (", …" if rows[8:] else "")
-    bad = f"loss not finite for {', '.join(teachers)}, {len(rows)} samples: data rows {shown}"
-    folder = loop.run.out / "checkpoints"
-    raise NumericsError(
-        f"stage {stage.name!r} step {int(witness.step)}: {bad if found else 'gradient not finite'}; lower "
-        f"stages[{stage.index}].lr or optim.clip; the last sound checkpoint is {latest(folder) or 'none'} in {folder}"
-    )
+    return f"{', '.join(teachers)}, {len(rows)} samples: data rows {shown}" if found else ""

@@ -2,7 +2,8 @@
 
 LEACE (Belrose et al. 2023, arXiv 2306.03819): the least change of the features, in the least-squares sense, that
 makes them uncorrelated with the attributes. Fitted in one pass on the train patients, for summary and patches apart.
-Linear erasure is linear: a kNN or an MLP may still read an attribute; the report measures both on other patients.
+Linear erasure is linear: a kNN or an MLP may still read an attribute. The report reads it by a linear probe of other
+patients than the eraser has seen, `bench/erasure.py` by nearest neighbours as well.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ def build(
         raise PluginError(f"teachers.erased: shrink is {shrink}, expected a number in [0, 1] or auto")
     eraser = Eraser(source.dims, f"erased({source_name}, {', '.join(attributes)})", attributes, shrink).eval()
     identity = f"erased/{source.fingerprint}/{','.join(attributes)}/{shrink!r}"
+    origin = source.provenance
     return replace(
         source,
         module=eraser,
         encode=lambda pixels_BCHW: eraser(source.encode(pixels_BCHW)),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        provenance=replace(origin, source=f"{origin.source}, without the linear trace of {', '.join(attributes)}"),
         derived=Derived(source=source_name, derive=eraser, attributes=attributes, fit=eraser.fit),
     )
 

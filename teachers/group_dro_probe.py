@@ -53,12 +53,14 @@ def build(
     how = Recipe(hidden, l2, eta, steps, lr, seed)
     probe = Probe(source.dims.summary, f"group_dro_probe({source_name}, {label}, {attribute})", label, attribute, how)
     identity = f"group_dro_probe/{source.fingerprint}/{label}/{attribute}/{tuple(how)}"
+    origin = source.provenance
     return replace(
         source,
         module=probe.eval().requires_grad_(False),
         encode=lambda pixels_BCHW: probe(source.encode(pixels_BCHW)),
         dims=Dims(hidden, None),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        provenance=replace(origin, source=f"{origin.source}, a head for {label}, robust over {attribute}"),
         derived=Derived(source=source_name, derive=probe, groups=(attribute,), labels=(label,), fit=probe.fit),
         text=None,
     )
@@ -120,6 +122,9 @@ class Probe(nn.Module):
             raise ValueError("group_dro_probe: there is no image to fit it on")
         x_ND, y_N, group_N = torch.cat(summaries), torch.cat(labels), torch.cat(groups)
         known_N = ~y_N.isnan() & (group_N >= 0)
+        for what, name, mine_N in (("label", self.label, ~y_N.isnan()), ("attribute", self.attribute, group_N >= 0)):
+            if not mine_N.any():
+                raise ValueError(f"{what} {name!r} is unknown in all {len(mine_N)} images; expected two values")
         x_ND, y_N, group_N = x_ND[known_N], y_N[known_N].float(), group_N[known_N]
         for what, name, column in (("label", self.label, y_N), ("attribute", self.attribute, group_N)):
             if len(column.unique()) < 2:

@@ -32,10 +32,12 @@ def build(*, source: Teacher, source_name: str, attribute: str, groups: list[str
             "only; name a teacher of everybody as the source, and a crossing such as sex*view as the attribute"
         )
     identity = f"specialist/{source.fingerprint}/{attribute}/{','.join(sorted(groups))}"
+    origin = source.provenance
     return replace(
         source,
         module=nn.Identity().eval(),
         fingerprint=hashlib.sha256(identity.encode()).hexdigest(),
+        provenance=replace(origin, source=f"{origin.source}, for {attribute} {', '.join(groups)} only"),
         derived=Derived(source=source_name, derive=lambda features: features),
         serves=Serves(attribute, tuple(groups)),
     )

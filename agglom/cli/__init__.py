@@ -315,10 +315,10 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    if (arguments.plugin is None) == (arguments.config is None):
-        raise ConfigError("check: name a plug-in (agglom check teachers/timm --set model=…) or a job with --config")
     if arguments.doctor:
         return _doctor(arguments)
+    if (arguments.plugin is None) == (arguments.config is None):
+        raise ConfigError("check: name a plug-in (agglom check teachers/timm --set model=…) or a job with --config")
     if arguments.out:
         raise ConfigError("check: --out belongs to --doctor; the contract suite is only printed")
     if arguments.config:
@@ -339,10 +339,10 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    if not arguments.config:
+    if arguments.plugin or not (arguments.config or arguments.out):
         raise ConfigError("check: --doctor examines the teachers of a job; name it with --config")
     out = _out(arguments) if arguments.out else None
-    job, base = _load(arguments)
+    job, base = _load(arguments, out)
     from agglom import doctor
 
     print(doctor.main(job, base, out), end="")

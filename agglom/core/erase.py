@@ -80,12 +80,15 @@ def leace(moments: Moments, attributes: Mapping[str, CrossMoments], shrink: floa
     covariance_DD = moments.scatter_DD / moments.count
     values_D, vectors_DD = spectrum(covariance_DD)
     rounding = len(values_D) * torch.finfo(torch.float64).eps
-    spread = values_D[0].sqrt()
+    # Features are rounded to float32, each by up to half a unit of it: a covariance below that is no trace of anything.
+    size = (covariance_DD.diagonal() + moments.mean_D.square()).sum().sqrt()
+    resolved = torch.finfo(torch.float32).eps / 2 * size
     values_D = (1 - shrink) * values_D + shrink * values_D.mean()
     cross_DK = torch.cat([_covariance(name, one, moments.count) for name, one in attributes.items()], 1)
     basis_DK, strength_K, _ = torch.linalg.svd(cross_DK, full_matrices=False)
-    # One-hot columns depend on each other, so some directions are rounding error; the rest span what must go.
-    basis_DR = basis_DK[:, strength_K > torch.maximum(1e-12 * strength_K[0], rounding * spread)]
+    # One-hot columns depend on each other, so some directions are rounding error; the rest span what must go. Nothing
+    # must where the source was erased of the same before.
+    basis_DR = basis_DK[:, strength_K > torch.maximum(1e-12 * strength_K[0], resolved)]
     kept_D = values_D > values_D[0] * rounding
     rotated_DR = vectors_DD.T @ basis_DR
     scaled_DR = rotated_DR * torch.where(kept_D, 1 / values_D, 0.0)[:, None]

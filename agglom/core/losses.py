@@ -165,7 +165,7 @@ def _keep(x: Tensor, valid_B: Tensor) -> Tensor:
     return torch.where(valid_B.view(-1, *[1] * (x.ndim - 1)), x, 0.0)
 
 
-def _tokens(features: Features, kind: str) -> Tensor:
+def tokens(features: Features, kind: str) -> Tensor:
     """The summary or the patches, in float32. Raises ValueError if there are none."""
     tokens = features.summary_BD if kind == "summary" else features.patches_BND
     if tokens is None:
@@ -175,7 +175,7 @@ def _tokens(features: Features, kind: str) -> Tensor:
 
 def _pair(predicted: Features, target: Features, kind: str) -> tuple[Tensor, Tensor]:
     """Prediction and target in float32, patches on the coarser of the two grids."""
-    x, y = _tokens(predicted, kind), _tokens(target, kind)
+    x, y = tokens(predicted, kind), tokens(target, kind)
     if kind == "summary":
         return x, y
     grid = min(predicted.grid[0], target.grid[0]), min(predicted.grid[1], target.grid[1])
@@ -201,7 +201,7 @@ def table(
     functions = {"summary": SUMMARY[summary], "patches": PATCHES[patches]}
     loss_columns, valid_columns = [], []
     for teacher, kind, weight in columns:
-        raw = _tokens(predicted[teacher], kind)
+        raw = tokens(predicted[teacher], kind)
         if teacher not in targets or teacher not in present:
             valid_B = torch.zeros(len(raw), dtype=torch.bool, device=raw.device)
             loss_B = _per_sample(raw)

@@ -129,7 +129,7 @@ class Teacher:
     dims: Dims
     pixels: PixelSpec
     fingerprint: str
-    licence: str
+    licence: str = ""
     derived: Derived | None = None
     text: Callable[[], Text] | None = None
     provenance: Provenance = Provenance()

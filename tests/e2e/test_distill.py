@@ -133,16 +133,16 @@ def spoilt(size, **more):
 
 
 @pytest.mark.parametrize("every", ["1 steps", "4 steps"])
-def test_a_loss_that_is_not_finite_is_named(lab, capsys, every):
+def test_a_target_that_is_not_finite_is_named(lab, capsys, every):
     """Its first step, teacher and rows, also where the log comes later and everything has become NaN by then."""
     change = spoilt(32, **{"log.every": every, "log.checkpoint": every})
     assert lab.distill("out", change) == 5
     message = capsys.readouterr().err
     found = re.search(
-        r"stage 'warm' step (\d): loss not finite for two/summary, (\d) samples: data rows ([\d, ]+);", message
+        r"stage 'warm' step (\d): target not finite for two/summary, (\d) samples: data rows ([\d, ]+);", message
     )
     assert found, message
-    assert "lower stages[0].lr or optim.clip" in message
+    assert "check the weights, dtype and pixels of that teacher" in message
     batches = stream(np.arange(24), [(32, 32)], seed=0, batch=8, micro=8)
     bright = np.array(lab.brightness()) > BRIGHT
     step, rows = next((k, rows) for k, batch in enumerate(batches, 1) if (rows := [r for r, *_ in batch if bright[r]]))
@@ -154,10 +154,18 @@ def test_a_loss_that_is_not_finite_is_named(lab, capsys, every):
         assert all(torch.isfinite(tensor).all() for tensor in read_weights(folder).values())
 
 
+def test_a_student_that_diverges_is_named(lab, capsys):
+    stages = [stage | {"lr": 1e30, "warmup": "0%"} for stage in lab.job()["stages"]]
+    assert lab.distill("out", {"stages": stages, "log.every": "1 steps"}) == 5
+    message = capsys.readouterr().err
+    assert re.search(r"stage 'warm' step \d: loss not finite for one/patches, .*8 samples: data rows", message), message
+    assert "lower stages[0].lr or optim.clip" in message
+
+
 def test_a_signal_after_nan_saves_nothing(lab, capsys, stop_at):
     stop_at(3)
     assert lab.distill("out", spoilt(32, **{"log.every": "4 steps", "log.checkpoint": "4 steps"})) == 5
-    assert "loss not finite for two/summary" in capsys.readouterr().err
+    assert "target not finite for two/summary" in capsys.readouterr().err
     assert checkpoints(lab.folder / "out" / "checkpoints") == []
 
 
