@@ -250,7 +250,7 @@ def _try_sizes(job: Job, student: Student) -> None:
             student.module(torch.zeros(1, student.pixels.channels, *size))
         except (ValueError, RuntimeError, AssertionError) as error:
             below = [max(1, side // patch) * patch for side in size]
-            above = [(side // patch + 1) * patch for side in size]
+            above = [-(-side // patch) * patch for side in size]
             near = [(below[0], below[1]), (above[0], above[1])] if pinned is None else [(pinned, pinned)]
             raise ConfigError(
                 f"{key}: the student takes no image of {show_size(size)} px ({str(error).splitlines()[0]}); "

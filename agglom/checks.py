@@ -272,6 +272,13 @@ def problems(job: Job) -> Iterator[Problem]:
             yield ("loss", "moments_by"), message
     if job.loss.shift and not job.loss.patches_weight:
         yield ("loss", "shift"), "compares patches, and patches_weight is 0; set it to 0, too"
+    if job.loss.refit == "stage" and job.loss.normaliser in ("standardise", "whiten"):
+        yield (
+            ("loss", "refit"),
+            f"'stage' needs one scale for all dimensions; {job.loss.normaliser} has one for each, and a dimension that "
+            "is nearly constant at one size would drown the others at another: set loss.normaliser to phi_s or "
+            "global_std, or refit to once",
+        )
     if not job.loss.summary_weight and not job.loss.patches_weight:
         yield ("loss",), "summary_weight and patches_weight are both 0, nothing would be learned"
     if job.augment.crop[0] > job.augment.crop[1]:

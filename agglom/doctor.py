@@ -318,15 +318,16 @@ def _agreement(one: Features, other: Features) -> dict[str, float]:
 NO_LABEL = "There are no labels that a probe could be fitted for, so nobody can say which teacher serves whom."
 SERVES = """\
 AUROC of a linear probe on each teacher, fitted on train patients. **Bold**: the teacher that validation patients put
-first; it need not read highest here, and where intervals overlap much, these patients cannot tell."""
+first; it need not read highest here, and where intervals overlap much, these patients cannot tell. Why a teacher has
+dashes alone stands at the end."""
 READS = """\
 AUROC with which a linear probe, {fitted}, tells a group from all others by a teacher's features: 0.5 is chance. What
 can be read need not be used."""
 FEATURES = """\
 Scale: root mean square of the raw features. Effective rank: exp of the entropy of the centred singular values (RankMe).
 Dispersion: mean squared angle to the mean direction, in radians², by which the angular loss is divided. High norm: the
-share of patch tokens with more than {factor:g} times the median norm; beside it the largest norm by the median. Images: of a
-specialist, those that it serves."""
+share of patch tokens with more than {factor:g} times the median norm; beside it the largest norm by the median. Of a
+specialist all is of the images that it serves."""
 SIZES = """\
 How the features of the same images agree with those at the first size: cosine after centring, CKA without the bias of
 few images. At “pinned” and “same” the teacher's input keeps its size: smaller images are enlarged to it, larger ones

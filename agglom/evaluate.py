@@ -33,6 +33,7 @@ from agglom.core.heads import Distiller
 from agglom.core.types import Features, Student
 from agglom.engine import latest, launched, read_weights
 from agglom.errors import DataError
+from agglom.findings import count, listed
 from agglom.job import Job, show_size, side
 from agglom.probes import Readout
 from agglom.reading import Row
@@ -41,11 +42,13 @@ from agglom.runtime import StopRequest
 from agglom.samples import Settings
 from agglom.scores import Scores
 from agglom.serving import Serving
-from agglom.survey import Pool, Survey, chosen_rows, survey
+from agglom.survey import Pool, Survey, chosen_rows, fit_rows, survey
 from agglom.sweep import Look
 from agglom.targets import Normaliser, input_size, told
 
 TEACHERS_STAGE = "teachers"
+# Images that linear erasure takes for each dimension to hold for new patients (docs/fairness-aware-teachers.md).
+PER_DIMENSION = 50
 READOUTS = {"linear": "linear probe", "knn": "knn probe", "zeroshot": "zero-shot"}
 
 
@@ -204,6 +207,7 @@ def _report(
     rows += studies.rows(studied, run.manifest, surveyed.rows_N, *asked, surveyed.readouts, surveyed.studies)
     rows += sweep.rows(run, surveyed, looks, notes)
     notes += _resampled(run, student)
+    notes += _sample_limited(run)
     notes += [f"{name} has no summary, so no probe reads it." for name, one in summaries.items() if one is None]
     serves = {name: (s.attribute, s.groups) for name, t in run.teachers.items() if (s := t.serves) is not None}
     notes += [
@@ -246,6 +250,23 @@ def _fitted_on(run: Run) -> Set[str]:
     use them."""
     derived = [teacher.derived for teacher in run.teachers.values() if teacher.derived is not None]
     return {part for one in derived for name in (*one.attributes, *one.groups) for part in name.split("*")}
+
+
+def _sample_limited(run: Run) -> Iterator[str]:
+    """Which teachers that took attributes out of features of another saw too few images for patients that are new.
+
+    One that reads labels as well learns to predict and takes nothing out.
+    """
+    images = len(fit_rows(run))
+    for name, teacher in run.teachers.items():
+        derived, width = teacher.derived, teacher.dims.summary
+        if derived is None or width is None or derived.labels or images >= PER_DIMENSION * width:
+            continue
+        if names := listed([one.replace("*", " × ") for one in (*derived.attributes, *derived.groups)]):
+            yield (
+                f"{name} was fitted on {names} with {count(images, 'image')}; for linear erasure to hold for new "
+                f"patients, its {width:,} dimensions take about {PER_DIMENSION * width:,} ({PER_DIMENSION} each)."
+            )
 
 
 def _resampled(run: Run, student: StudentPool | None) -> Iterator[str]:

@@ -131,7 +131,11 @@ def _config(run: Run, student: Student) -> dict[str, object]:
         "agglom": {
             "version": __version__,
             "pixels": asdict(student.pixels)
-            | {"range": [0, 1], "size": side(input_size(student.pixels, run.plan.evaluate_size))},
+            | {
+                "range": [0, 1],
+                "pinned": student.pixels.size is not None,
+                "size": side(input_size(student.pixels, run.plan.evaluate_size)),
+            },
             "student": _student(run.job),
             "heads": asdict(run.job.heads) | {"targets": {name: asdict(dims) for name, dims in run.targets.items()}},
             "teachers": {name: hosting.facts(teacher) for name, teacher in run.teachers.items()},

@@ -359,7 +359,7 @@ def conflict_finding(given: Mapping[str, Any] | None) -> str:
     told += f", of which both serve {both:,}" if both < given["n_gradient"] else ""
     said = f"The gradients that pull most against each other are those of {told}"
     if value >= AGAINST:
-        clearly = f"clearly against each other (a cosine below {number(AGAINST)[:-2]})"
+        clearly = f"clearly against each other (a cosine below −{-AGAINST:g})"
         said = f"No two teachers pull the student's trunk {clearly}; least alike are {told}"
     by = [(one["cosine"][i][j], one["group"].replace("|", " · ")) for one in given["groups"] if one["cosine"]]
     by = sorted(one for one in by if one[0] is not None)
@@ -402,9 +402,11 @@ def leakage_fit(reading: Reading) -> str:
     unseen = unique(row["attribute"] for row in rows if ON_VALIDATION in (row["note"] or ""))
     if not unseen:
         return "fitted on train patients"
-    whom = f"{ON_VALIDATION}, as a teacher was fitted on {listed(unseen)} of train patients"
-    others = unique(row["attribute"] for row in rows if row["attribute"] not in unseen)
-    return f"for {listed(unseen)} {whom}, for {listed(others)} on train patients" if others else whom
+    names = listed([reading.title((attribute, "all")) for attribute in unseen])
+    why = f"as a teacher was fitted on {names} of train patients"
+    if all(row["attribute"] in unseen for row in rows):
+        return f"{ON_VALIDATION}, {why}"
+    return f"fitted on train patients, but for {names} on validation patients, {why}"
 
 
 def sweep_sizes(reading: Reading) -> list[str]:

@@ -51,7 +51,7 @@ def _record(loop: Loop, stage: ResolvedStage, state: State, lr: float, measured:
                 values[f"weight/{name}/{value}"] = float(weight_GT[group, indices[0]]) if indices else 1.0
     values |= measured
     loop.journal.record(state.step, stage.name, values)
-    loop.journal.say(_line(loop, stage, state, values, teachers, mean_T, mean_GT))
+    loop.journal.say(_line(loop, stage, state, values, teachers, mean_T * weight_T, mean_GT))
 
 
 def _relative_weights(loop: Loop, state: State) -> Tensor:
@@ -69,12 +69,12 @@ def _line(
     state: State,
     values: dict[str, float],
     teachers: dict[str, list[int]],
-    mean_T: Tensor,
+    loss_T: Tensor,
     mean_GT: Tensor,
 ) -> str:
     total = loop.run.plan.total_steps
     parts = [f"{stage.name} {state.step}/{total}", f"{100 * state.step / total:.1f}%", f"loss {values['loss']:.3f}"]
-    parts += [f"{name} {float(mean_T[indices].mean()):.3f}" for name, indices in teachers.items() if indices]
+    parts += [f"{name} {float(loss_T[indices].sum()):.3f}" for name, indices in teachers.items() if indices]
     if len(loop.values) > 1:
         active = [index for indices in teachers.values() for index in indices]
         loss_G = mean_GT[:-1][:, active].nanmean(1).nan_to_num(-torch.inf)

@@ -35,7 +35,7 @@ from agglom.core.metrics import Across, Estimate
 from agglom.data.manifest import Manifest
 from agglom.job import Data, Evaluate
 from agglom.probes import Readout
-from agglom.reading import Row, unique
+from agglom.reading import ON_VALIDATION, Row, unique
 from agglom.samples import Settings, row
 
 Readouts = Mapping[tuple[str, str, str], Readout | None]

@@ -121,7 +121,7 @@ def _is_stored(path: Path, teachers: Mapping[str, Teacher], run: Run) -> bool:
     return True
 
 
-def _fit_rows(run: Run) -> np.ndarray:
+def fit_rows(run: Run) -> np.ndarray:
     """The train images that everything is fitted on: at most `fit_images` of those that are encoded anyway."""
     rows, most = np.intersect1d(chosen_rows(run)[0], run.manifest.rows("train")), run.job.loss.fit_images
     return np.sort(np.random.default_rng(run.job.seed).choice(rows, most, replace=False)) if len(rows) > most else rows
@@ -174,7 +174,7 @@ def _fit_derived(run: Run) -> None:
         derived = teacher.derived
         if derived is None or derived.fit is None:
             continue
-        columns, stream = _columns(run, derived), _features(run, [derived.source], _fit_rows(run), size)
+        columns, stream = _columns(run, derived), _features(run, [derived.source], fit_rows(run), size)
 
         def fit(derived=derived, columns=columns, stream=stream, name=name) -> dict[str, Tensor]:
             def pieces() -> Iterator[tuple[Features, dict[str, Tensor]]]:
@@ -258,14 +258,14 @@ def _encode(run: Run) -> tuple[dict[str, Pool] | None, dict[str, Normaliser]]:
 
 
 def _refit(run: Run, names: list[str], size: Size) -> dict[str, Normaliser]:
-    rows_N = _fit_rows(run)
+    rows_N = fit_rows(run)
     gatherers = _gather(run, names, rows_N, rows_N[:0], size)
     return run.world.attempt(lambda: {name: _fit(run, name, one, rows_N, rows_N) for name, one in gatherers.items()})
 
 
 def _gather(run: Run, names: list[str], rows_N: np.ndarray, held_M: np.ndarray, size: Size) -> dict[str, _Gatherer]:
     """One pass over `rows_N`; the gatherers are of rank 0, elsewhere there are none."""
-    train, fit = run.manifest.rows("train"), _fit_rows(run)
+    train, fit = run.manifest.rows("train"), fit_rows(run)
     weights = run.world.attempt(lambda: {name: _weights(run, name, fit) for name in names})
     gatherers = {name: _Gatherer() for name in names}
     # A generator that fails on rank 0 alone would leave the others waiting: the error is kept until the stream ends.

@@ -179,11 +179,12 @@ def shift(teachers: Mapping[str, PixelSpec], student: PixelSpec, size: Size, pat
         common = math.gcd(*counts)
         least = min(counts) // common
         most = patches // least
-        if not most or side % common:
+        if not most or side % common or common == 1:
+            longer = "set a longer loss.shift, " if common > 1 and not side % common else ""
             raise ConfigError(
                 f"{where}: the shortest shift that is whole in all of them is {least} patches of the coarsest"
-                + (f", {side / common:g} px" if side % common else "")
-                + "; set a longer loss.shift, a size at which the grids have more in common, or 0"
+                + (f", {side / common:g} px" if side % common else ", which leaves nothing" if common == 1 else "")
+                + f"; {longer}choose a size at which the grids have more in common, or set loss.shift to 0"
             )
         if most >= common:
             raise ConfigError(f"{where}: windows so far apart share nothing; set loss.shift below {min(counts)}")

@@ -247,6 +247,7 @@ def balancer(run: Run) -> Balancer:
         run.plan.global_batch,
         len(train_N),
         _served_cells(run).to(run.world.device),
+        torch.tensor([column.weight for column in run.columns], dtype=torch.float64, device=run.world.device),
     )
     return plugins.build(run.job.balance.kind, "balancers", run.job.balance.options, cells=cells)
 

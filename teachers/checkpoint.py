@@ -25,7 +25,8 @@ def build(
 
     folder: the `export/` of a run; stage: instead, the last stage of an earlier student of the same job, which the
     engine turns into that folder; head: serve the features that it predicts of this teacher (default: its own); size:
-    side of the input in pixels (default: that at which it was evaluated, where that is a square). Raises PluginError.
+    pin the side of the input in pixels (default: it follows the stage, unless the student itself was pinned). It knows
+    the sizes that it was trained at: other ones are a risk that `evaluate.sizes` shows. Raises PluginError.
 
     Its licence lists those of the teachers that it learnt from.
     """
@@ -42,7 +43,7 @@ def build(
         raise PluginError(f"teachers.checkpoint: {place} has no head '{head}'; it has {', '.join(model.teachers)}")
     module = freeze(model)
     pixels = stored["pixels"]
-    side = size or (pixels["size"] if isinstance(pixels["size"], int) else None)
+    side = size or (pixels["size"] if pixels["pinned"] else None)
 
     @torch.no_grad()
     def encode(pixels_BCHW: Tensor) -> Features:
@@ -56,6 +57,6 @@ def build(
         dims=dims,
         pixels=PixelSpec(mean=tuple(pixels["mean"]), std=tuple(pixels["std"]), patch=pixels["patch"], size=side),
         fingerprint=weights_digest(module, f"checkpoint/{head}/{side}"),
-        licence="; ".join(sorted({teacher["licence"] for teacher in stored["teachers"].values()})),
+        licence="; ".join(sorted({part for one in stored["teachers"].values() for part in one["licence"].split("; ")})),
         provenance=Provenance(f"student of {', '.join(stored['teachers'])}, by agglom {stored['version']}"),
     )

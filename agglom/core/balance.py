@@ -27,6 +27,7 @@ class Cells:
     `share_G`: each group's share under the sampler, over all rows, those without annotation included. `teacher_T`:
     column → teacher index (int64). `batch`: the global batch. `rows`: training rows, for a generalisation adjustment.
     `served_GT`: the cells that can occur, all by default; a specialist has none in the groups that it does not serve.
+    `static_T`: the static weight of each column, which its losses contain; all 1 by default.
     Tensors lie on the device of the table, and so does the state.
     """
 
@@ -35,6 +36,7 @@ class Cells:
     batch: int
     rows: int = 0
     served_GT: Tensor | None = None
+    static_T: Tensor | None = None
 
 
 def uniform(*, cells: Cells) -> Balancer:
@@ -110,8 +112,9 @@ def group_dro(
 
 
 def teacher_dropping(*, cells: Cells, p: float = 0.5) -> Balancer:
-    """Per image, the teacher with the largest loss is kept and each other one dropped with probability p (UNIC, arXiv
-    2408.05088; DUNE, arXiv 2503.14405): (1/B)·Σ_i S_i·Σ_s c_is·L_is / Σ_s c_is, L_is the sum of the teacher's columns.
+    """Per image, the teacher with the largest loss is kept and each other one dropped with probability p (UNIC).
+
+    arXiv 2408.05088, DUNE 2503.14405: (1/B)·Σ_i S_i·Σ_s c_is·L_is / Σ_s c_is, L_is the sum of the teacher's columns.
 
     UNIC's code divides by Σ c of the batch, so an image that keeps more teachers weighs more, and the weight depends on
     who else is in the batch. Here every image weighs the same. S_i, the number of its teachers, makes p = 0 `uniform`.
@@ -146,7 +149,8 @@ def teacher_dropping(*, cells: Cells, p: float = 0.5) -> Balancer:
 def ada_loss(*, cells: Cells, ema: float = 0.1, floor: float = 1e-3) -> Balancer:
     """Each teacher's loss over its own moving average: Σ_s L_s / stopgrad(L̄_s) (AdaLoss, AM-RADIO, arXiv 2312.06709).
 
-    L_s is the sum of the teacher's columns, averaged over all samples; a new value counts `ema`. A teacher weighs the
+    L_s is the sum of the teacher's columns, averaged over all samples; a new value counts `ema`. L̄_s is taken without
+    the static weight of the teacher (the mean over its columns), so that this still counts. A teacher weighs the
     neutral 1 until its first step is done, and no more than 1 / `floor`. Only useful where the scales of the teachers
     are equal already (PHI-S): it then lets each count the same, however well it is learnt. Groups play no part.
     State: `loss_S`, 1 where `seen_S` is false.
@@ -154,6 +158,9 @@ def ada_loss(*, cells: Cells, ema: float = 0.1, floor: float = 1e-3) -> Balancer
     """
     _require("ada_loss", ema=(ema, 0 < ema <= 1, "in (0, 1]"), floor=(floor, floor > 0, "> 0"))
     teachers = int(cells.teacher_T.max()) + 1
+    columns_S = torch.bincount(cells.teacher_T, minlength=teachers).double()
+    static_T = torch.ones_like(cells.teacher_T) if cells.static_T is None else cells.static_T
+    weight_S = torch.zeros_like(columns_S).index_add(0, cells.teacher_T, static_T.double()) / columns_S
 
     def init() -> State:
         loss_S = cells.share_G.new_ones(teachers, dtype=torch.float64)
@@ -167,7 +174,7 @@ def ada_loss(*, cells: Cells, ema: float = 0.1, floor: float = 1e-3) -> Balancer
         count_T = stats.count_GT.double().sum(0)
         mean_T = stats.sum_GT.sum(0) / count_T.clamp(min=1)
         zeros_S = torch.zeros_like(state["loss_S"])
-        mean_S = zeros_S.index_add(0, cells.teacher_T, mean_T)
+        mean_S = zeros_S.index_add(0, cells.teacher_T, mean_T) / weight_S
         now_S = zeros_S.index_add(0, cells.teacher_T, count_T) > 0
         moved_S = torch.where(state["seen_S"], torch.lerp(state["loss_S"], mean_S, ema), mean_S)
         return {"loss_S": torch.where(now_S, moved_S, state["loss_S"]), "seen_S": state["seen_S"] | now_S}

@@ -21,6 +21,12 @@ def test_the_numbers_are_those_of_the_teachers_stage(lab, labelled, capsys):
     assert lab.same(scores(found.rows), scores(lab.rows(labelled, "teachers")))
     assert scores(found.rows)
     assert (out / "doctor.md").read_text() in text
+    assert "a linear probe, fitted on validation patients, as a teacher was fitted on device" in text
+    limited = (
+        "- fair was fitted on device with 24 images; for linear erasure to hold for new patients, its 32 dimensions"
+    )
+    assert limited in text
+    assert limited in (labelled / "reports" / "full.md").read_text()
 
     doctor = found.context["doctor"]
     assert list(doctor["teachers"]) == ["fair", "one", "two"]
@@ -53,3 +59,15 @@ def test_features_that_are_not_finite_are_named(lab, capsys):
     config = lab.config({"teachers.one.options.nan_at": 64})
     assert cli.main(["check", "--doctor", "--config", str(config)]) == 4
     assert "teachers.one: its summary features are not finite" in capsys.readouterr().err
+
+
+def test_students_that_do_not_exist_yet_are_named_together(lab, capsys):
+    proxies = {
+        f"teachers.{name}": {"kind": "checkpoint", "options": {"stage": "large"}} for name in ("first", "second")
+    }
+    student = {"kind": lab.job()["student"]["kind"], "options": {"width": 16}}
+    stages = [{"name": "large", "length": "2 steps", "size": 32}]
+    stages += [{"name": "small", "length": "2 steps", "size": 32, "student": student}]
+    config = lab.config(proxies | {"stages": stages, "teachers.fair": None})
+    assert cli.main(["check", "--doctor", "--config", str(config)]) == 0
+    assert "- Not there yet, so not examined: first and second.\n" in capsys.readouterr().out

@@ -109,7 +109,8 @@ def test_the_card_speaks_of_licences_and_loading(exports):
     assert 'timm.create_model("local-dir:.", pretrained=True)' in text
     assert "agglom.exported.load" in text
     for name in ("one", "two", "fair"):
-        assert f"| {name} | unknown |  | none | " in text
+        made = ", without the linear trace of device" if name == "fair" else ""
+        assert f"| {name} | unknown{made} |  | none | " in text
     assert (
         "Commercial use of the student: unknown, since these licences are: fair (none), one (none), two (none)." in text
     )

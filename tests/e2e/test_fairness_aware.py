@@ -104,6 +104,7 @@ ATTRIBUTES, VALUES = "attributes under data.attributes: device, age", "values of
             f"blind.options.attribute[1]: 'sex' is not one of the {ATTRIBUTES}",
         ),
         ("robust.options.label", "odd", "robust.options.label: 'odd' is not one of the labels under data.labels: even"),
+        ("blind.options.shrink", 2.0, "blind: shrink is 2.0, expected a number in [0, 1] or auto"),
     ],
 )
 def test_what_is_not_there_is_named(lab, capsys, option, value, message):

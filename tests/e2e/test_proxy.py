@@ -23,20 +23,20 @@ def test_it_says_what_the_export_says(labelled):
     for head, expected in ((None, trunk), ("one", predicted["one"])):
         teacher = plugins.build("checkpoint", "teachers", {"folder": str(labelled / "export"), "head": head})
         found = teacher.encode(pixels)
-        assert teacher.pixels.size == 64
+        assert teacher.pixels.size is None
         for mine, theirs in zip(found[:2], expected[:2], strict=True):
             assert torch.equal(mine, theirs)
 
 
-def test_an_export_that_was_not_square_follows_the_images(labelled, tmp_path):
+def test_it_follows_the_images_unless_the_student_was_pinned(labelled, tmp_path):
     folder = tmp_path / "export"
     shutil.copytree(labelled / "export", folder)
-    stored = json.loads((folder / "config.json").read_text())
-    stored["agglom"]["pixels"]["size"] = [32, 64]
-    (folder / "config.json").write_text(json.dumps(stored))
     teacher = plugins.build("checkpoint", "teachers", {"folder": str(folder)})
-    assert teacher.pixels.size is None
     assert teacher.encode(torch.rand(1, 3, 32, 64)).grid == (2, 4)
+    stored = json.loads((folder / "config.json").read_text())
+    stored["agglom"]["pixels"]["pinned"] = True
+    (folder / "config.json").write_text(json.dumps(stored))
+    assert plugins.build("checkpoint", "teachers", {"folder": str(folder)}).pixels.size == 64
 
 
 def test_a_student_of_a_student(lab, labelled):

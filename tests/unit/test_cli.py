@@ -139,6 +139,8 @@ def test_flags_are_frozen():
             ["check", "timm", "--doctor"],
             "agglom: check: --doctor examines the teachers of a job; name it with --config",
         ),
+        (["check", "--doctor"], "agglom: check: --doctor examines the teachers of a job; name it with --config"),
+        (["check", "--doctor", "--out", "configs"], "agglom: check: --config is missing"),
         (["check", "--config", "configs/demo.yaml", "--out", "x"], "agglom: check: --out belongs to --doctor"),
         (["check", "teachers/tim"], "agglom: 'tim' is not one of the teachers; did you mean 'timm'?"),
         (["check", "timm", "--set", "modl=x"], "unknown key 'modl'; did you mean 'model'?"),
@@ -151,6 +153,17 @@ def test_wrong_usage(argv, expected, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert expected in error
     assert "Traceback" not in error
+
+
+def test_doctor_takes_the_configuration_of_a_run(tmp_path, monkeypatch):
+    from agglom import doctor
+
+    (tmp_path / "config.yaml").write_text(JOB)
+    seen = []
+    monkeypatch.setattr(doctor, "main", lambda job, base, out: seen.append((list(job.teachers), out)) or "")
+    assert cli.main(["check", "--doctor", "--out", str(tmp_path)]) == 0
+    [(teachers, out)] = seen
+    assert (teachers, out) == (["dinov2"], tmp_path)
 
 
 def test_help_and_version(capsys):

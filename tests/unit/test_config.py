@@ -199,6 +199,10 @@ WRONG = {
     "no draw": ("evaluate.scarcity_seeds=0", "evaluate.scarcity_seeds: must be at least 1"),
     "self-crossing": ("data.groups=[sex*sex]", "crosses an attribute with itself"),
     "balance group": ("balance.group=sx", "balance.group: 'sx' is not one of the attributes"),
+    "refit of a scale for each dimension": (
+        "loss={refit: stage, normaliser: standardise}",
+        "loss.refit: 'stage' needs one scale for all dimensions; standardise has one for each",
+    ),
     "moments by": ("loss.moments_by=sx", "loss.moments_by: 'sx' is not one of the attributes"),
     "shift of nothing": ("loss={shift: 2, patches_weight: 0}", "loss.shift: compares patches, and patches_weight is 0"),
     "balancer without group": ("balance.kind=group_dro", "kind 'group_dro' weighs groups; name an attribute"),

@@ -169,6 +169,7 @@ def test_cosines_are_of_the_gradients_on_the_trunk(setting, monkeypatch):
     norm = np.linalg.norm(everybody, axis=1)
     assert found["teachers"] == ["a", "b", "c"]
     assert found["n_gradient"] == HELD
+    assert found["n_both"] == [[HELD] * 3] * 3
     np.testing.assert_allclose(found["norm"], norm, rtol=1e-4)
     np.testing.assert_allclose(found["cosine"], everybody @ everybody.T / np.outer(norm, norm), atol=1e-5)
     mine = gradients(slice(0, 20))
@@ -239,6 +240,7 @@ def test_a_specialist_is_asked_for_those_it_serves(setting, monkeypatch):
     grads = torch.autograd.grad(loss_MT[20:25, 2].mean(), list(trunk.parameters()), allow_unused=True)
     norm = torch.cat([grad.flatten() for grad in grads if grad is not None]).norm()
     assert found["norm"][1] == pytest.approx(float(norm), rel=1e-4)
+    assert found["n_both"] == [[HELD, 5, HELD], [5, 5, 5], [HELD, 5, HELD]]
     assert all(math.isnan(found["groups"][0]["cosine"][i][1]) for i in range(3))
 
 
@@ -258,6 +260,7 @@ GIVEN = {
     "spearman": [[1.0, 0.61, 0.001], [0.61, 1.0, -0.25], [0.001, -0.25, 1.0]],
     "teachers": ["a", "<b>", "c"],
     "n_gradient": 64,
+    "n_both": [[64, 41, 64], [41, 41, 41], [64, 41, 64]],
     "cosine": [[1.0, -0.125, 0.3], [-0.125, 1.0, 0.2], [0.3, 0.2, 1.0]],
     "norm": [1.0, 2.0, 0.1],
     "attribute": "sex*view",
@@ -278,7 +281,8 @@ def rendered(tmp_path, given):
 
 def test_every_number_is_in_both_reports(tmp_path):
     markdown, page = rendered(tmp_path, GIVEN)
-    said = "most against each other are those of a and <b>: cosine −0.125 over 64 images; by group from −0.400 (F · AP)"
+    said = "most against each other are those of a and <b>: cosine −0.125 over 64 images, of which both serve 41; "
+    said += "by group from −0.400 (F · AP)"
     assert said in html.unescape(page)
     assert said.replace("<b>", "\\<b\\>") in markdown
     assert "| gradients of, cosine | all (64) | F · AP (30) | F · PA (29) | M · PA (5) |" in markdown
@@ -289,6 +293,8 @@ def test_every_number_is_in_both_reports(tmp_path):
     assert len(cells) == 3 * 3 + 3 * 4
     assert {("over", "61", "0.61"), ("under", "25", "−0.25"), ("", "0", "0.00"), ("", "0", "–")} <= set(cells)
     assert "<b>" not in page
+    assert '<th scope="col">&lt;b&gt;/<wbr>patches</th>' in section
+    assert re.findall("<summary>(.*?)</summary>", section) == ["The numbers: losses", "The numbers: gradients"]
     assert page.count('href="#conflict"') == 1
 
 
@@ -298,16 +304,21 @@ def test_no_conflict_no_section(tmp_path):
     assert findings.conflict_finding(None) == ""
 
 
+NO_PULL = "No two teachers pull the student's trunk clearly against each other (a cosine below −0.1);"
+
+
 @pytest.mark.parametrize(
     ("cosine", "said"),
     [
-        (0.25, "No two teachers pull the student's trunk against each other; least alike are a and b: cosine 0.250"),
-        (-0.01, "The gradients that pull most against each other are those of a and b: cosine −0.010 over 1 image."),
+        (0.25, f"{NO_PULL} least alike are a and b: cosine 0.250 over 1 image."),
+        (-0.031, f"{NO_PULL} least alike are a and b: cosine −0.031"),
+        (-0.11, "The gradients that pull most against each other are those of a and b: cosine −0.110 over 1 image."),
         (math.nan, ""),
     ],
 )
 def test_what_is_said_of_two_teachers(cosine, said):
     given = {"teachers": ["a", "b"], "n_gradient": 1, "cosine": [[1.0, cosine], [cosine, 1.0]], "groups": []}
+    given |= {"n_both": [[1, 1], [1, 1]]}
     given = GroupReport("s", [], given).context
     assert findings.conflict_finding(given).startswith(said)
     assert bool(said) == bool(findings.conflict_finding(given))

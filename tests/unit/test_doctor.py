@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from agglom import doctor, report
+from agglom import doctor, evaluate, report
 from agglom.core.types import Batch, Derived, Dims, Features, PixelSpec, Teacher
 from agglom.report import GroupReport
 from agglom.survey import Pool, Survey
+from agglom.targets import Normaliser
 
 ROWS, HELD = np.arange(40), np.arange(24, 40)
 
@@ -30,6 +31,14 @@ def means(pixels_BCHW):
     """A summary that the size does not change; patches that a shift of them does."""
     cells = torch.nn.functional.avg_pool2d(pixels_BCHW, 2)
     return Features(pixels_BCHW.mean((2, 3)), cells.flatten(2).mT, tuple(cells.shape[-2:]))
+
+
+class Manifest:
+    def rows(self, split):
+        return np.arange(24) if split == "train" else HELD
+
+    def __len__(self):
+        return len(ROWS)
 
 
 @pytest.fixture
@@ -58,7 +67,8 @@ def setting(monkeypatch):
         world=SimpleNamespace(device=torch.device("cpu")),
         plan=SimpleNamespace(evaluate_size=(8, 8)),
         job=SimpleNamespace(evaluate=SimpleNamespace(batch=4)),
-        manifest=SimpleNamespace(rows=lambda split: np.arange(24) if split == "train" else HELD),
+        manifest=Manifest(),
+        served={},
     )
     pixels = torch.cat([batch.pixels_BCHW for _, batch in batches(run, ROWS, (8, 8))])
     full = means(pixels)
@@ -72,7 +82,7 @@ def setting(monkeypatch):
 
 def test_features_are_those_of_train_summaries_and_held_out_patches(setting):
     run, surveyed = setting
-    found = doctor._features(run, surveyed, surveyed.pools["plain"])
+    found = doctor._features(run, surveyed, "plain", Normaliser(dispersion=torch.tensor(0.25)))
     pool = surveyed.pools["plain"]
     x = pool.summary_ND[:24].double().numpy()
     assert found["summary"]["width"] == 3
@@ -81,32 +91,62 @@ def test_features_are_those_of_train_summaries_and_held_out_patches(setting):
     sigma = np.linalg.svd(x - x.mean(0), compute_uv=False)
     p = sigma / sigma.sum()
     assert found["summary"]["effective_rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()))
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    mean = unit.mean(0) / np.linalg.norm(unit.mean(0))
-    assert found["summary"]["dispersion"] == pytest.approx((np.arccos(unit @ mean) ** 2).mean(), rel=1e-5)
+    assert found["summary"]["dispersion"] == 0.25
     y = pool.patches_MND.double().flatten(0, 1).numpy()
     norm = np.linalg.norm(y, axis=1)
     assert found["patches"]["rms"] == pytest.approx(np.sqrt((y**2).mean()))
     assert found["patches"]["high_norm_share"] == np.mean(norm > 3 * np.median(norm))
     assert found["patches"]["n_images"] == 16
     assert found["patches"]["grid"] == (4, 4)
-    assert doctor._features(run, surveyed, surveyed.pools["half"])["patches"] is None
+    assert doctor._features(run, surveyed, "half", Normaliser())["patches"] is None
+
+
+def test_features_of_a_specialist_are_those_of_the_images_it_serves(setting):
+    run, surveyed = setting
+    pool, rows = surveyed.pools["plain"], np.r_[0:10, 30:36]
+    run.served["plain"] = torch.zeros(40, dtype=torch.bool)
+    run.served["plain"][rows] = True
+    found = doctor._features(run, surveyed, "plain", Normaliser())
+    mine, patches = pool.summary_ND[:10].double(), pool.patches_MND[6:12].double()
+    assert (found["summary"]["n_images"], found["patches"]["n_images"]) == (10, 6)
+    assert found["summary"]["rms"] == pytest.approx(float(mine.square().mean().sqrt()))
+    assert found["patches"]["rms"] == pytest.approx(float(patches.square().mean().sqrt()))
+    run.served["plain"][:] = False
+    nobody = doctor._features(run, surveyed, "plain", Normaliser())
+    assert [nobody[kind]["n_images"] for kind in doctor.KINDS] == [0, 0]
+    assert all(math.isnan(nobody[kind][key]) for kind in doctor.KINDS for key in ("rms", "effective_rank"))
 
 
 def test_patches_of_few_images_are_enough(setting, monkeypatch):
     monkeypatch.setattr(doctor, "PATCH_IMAGES", 5)
     run, surveyed = setting
-    assert doctor._features(run, surveyed, surveyed.pools["plain"])["patches"]["n_images"] == 5
+    assert doctor._features(run, surveyed, "plain", Normaliser())["patches"]["n_images"] == 5
     assert doctor._spaced(16, 5).tolist() == [0, 4, 8, 11, 15]
     assert doctor._spaced(3, 5).tolist() == [0, 1, 2]
 
 
 def test_summaries_that_are_all_alike_are_undefined(setting):
     run, surveyed = setting
-    found = doctor._features(run, surveyed, Pool(torch.ones(40, 3), None, (0, 0)))["summary"]
-    assert math.isnan(found["dispersion"])
+    surveyed.pools["plain"] = Pool(torch.ones(40, 3), None, (0, 0))
+    found = doctor._features(run, surveyed, "plain", Normaliser())["summary"]
     assert math.isnan(found["effective_rank"])
     assert found["rms"] == pytest.approx(1)
+
+
+def test_few_images_are_said_of_teachers_that_erase_alone(monkeypatch):
+    monkeypatch.setattr(evaluate, "fit_rows", lambda run: np.arange(150))
+
+    def derived(**read):
+        return teacher(means, derived=Derived("plain", lambda features: features, **read))
+
+    teachers = {"plain": teacher(means), "erased": derived(attributes=("sex", "age"))}
+    teachers |= {"probe": derived(groups=("sex",), labels=("ill",)), "specialist": derived()}
+    run = SimpleNamespace(teachers=teachers)
+    assert not list(evaluate._sample_limited(run))  # 50 for each of 3 dimensions
+    monkeypatch.setattr(evaluate, "fit_rows", lambda run: np.arange(149))
+    [said] = evaluate._sample_limited(run)
+    assert said.startswith("erased was fitted on sex and age with 149 images;")
+    assert "its 3 dimensions take about 150 (50 each)" in said
 
 
 # ── Sizes ──
@@ -149,6 +189,29 @@ def test_a_pinned_teacher_and_one_that_refuses(setting):
     assert [one["input"] for one in found["pinned"]] == [8] * 4
     assert [one["status"] for one in found["picky"]] == ["reference", "same", "refused: too small", "ok"]
     assert [one["size"] for one in found["plain"]] == [8, 9, 4, (8, 12)]
+
+
+def test_a_pinned_teacher_is_measured_on_what_smaller_images_have_lost(setting, monkeypatch):
+    """Its input keeps its size, but a coarse image scaled up to it is not the fine one."""
+    run, surveyed = setting
+    torch.manual_seed(2)
+    fine = torch.rand(40, 3, 8, 8)
+
+    def batches(run, rows, size):
+        nothing = torch.zeros(len(rows))
+        pixels = torch.nn.functional.interpolate(fine[rows], size, mode="bilinear", antialias=True)
+        yield rows, Batch(pixels, torch.as_tensor(rows), nothing, nothing)
+
+    monkeypatch.setattr(doctor, "batches", batches)
+    full = means(fine)
+    surveyed.pools.update(dict.fromkeys(run.teachers, Pool(full.summary_BD, full.patches_BND[24:], full.grid)))
+    _, coarse, close = doctor._sizes(run, surveyed, (4, 9))["pinned"]
+    assert (coarse["status"], close["status"]) == ("pinned", "pinned")
+    assert coarse["patches_cosine"] < close["patches_cosine"] - 0.02
+    assert close["patches_cosine"] < 1 - 1e-4
+    *_, same = doctor._sizes(run, surveyed, (4, 9))["plain"]
+    assert same["status"] == "same"
+    assert 0.5 < same["patches_cosine"] < 1 - 1e-4
 
 
 # ── Cost ──
@@ -229,8 +292,16 @@ def test_the_map_marks_whom_validation_puts_first(told):
     assert "**0.850" not in cells["all patients"]
     assert "**0.500 (0.400 to 0.600)**" in cells["sex M"]
     assert "too few positive patients" in cells["sex F"]
+    assert "**" not in cells["sex F"]
     assert "first is a in all patients; b in sex M." in section
     assert "0.910 (0.810 to 1.010)" in lines["sex M"]
+
+
+def test_no_teacher_is_marked_where_no_group_is_large_enough(told):
+    few = [one | {"status": "below_min_pos"} for one in told.rows]
+    section = doctor.render(GroupReport("doctor", few, told.context)).split("## What a linear probe")[0]
+    assert "no group is large enough." in section
+    assert "**" not in section.replace("**Bold**", "")
 
 
 def test_every_measurement_is_printed(told):

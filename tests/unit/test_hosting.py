@@ -180,6 +180,10 @@ def test_weights_outside_the_module_are_refused(change):
             lambda x: GOOD.encode(x)._replace(patches_BND=torch.zeros(5, 64, 8)),
             "emits patches of width 8, but declares",
         ),
+        (
+            lambda x: GOOD.encode(x)._replace(summary_BD=torch.zeros(5, 1, 16)),
+            "emits summary of shape .5, 1, 16., expected the axes BD",
+        ),
         (lambda x: GOOD.encode(x)._replace(grid=(7, 8)), "its grid is 7×8, but it emits 64 patches"),
         (lambda x: GOOD.encode(x[:4]), "emits summary of 4 images for 5 images"),
     ],

@@ -186,7 +186,7 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.seen.append((tag, dict(attrs)))
-        if tag != "meta":
+        if tag not in ("meta", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -833,6 +833,27 @@ def test_leakage_names_what_is_revealed_most(shown):
         assert "AUROC 0.830 (0.790 to 0.870), picked as the highest of 20." in text
         assert "at chance (0.5) is no proof that nothing is revealed" in text
     assert part(shown[1], "leakage").count('class="plot"') == 1 + 20
+    assert "A linear probe, fitted on train patients, tells each group" in part(shown[1], "leakage")
+    assert "The probes were fitted on train patients." in shown[0]
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        (["device"], "fitted on train patients, but for device (simulated) on validation patients, as a teacher"),
+        (
+            ["device", "sex*view"],
+            "fitted on validation patients, as a teacher was fitted on device (simulated) and sex × view of",
+        ),
+    ],
+)
+def test_leakage_says_on_whom_its_probes_were_fitted(studied, tmp_path, seen, said):
+    rows = [one for one in studied("even", SYSTEMS, GROUPS)[0] if one["metric"] == "leakage"]
+    noted = {"note": "fitted on validation patients, as a teacher was on it of train patients"}
+    rows = [one | noted if one["attribute"] in seen else one for one in rows]
+    markdown, page = render(tmp_path, make_rows() + rows)
+    for text in (markdown, part(page, "leakage")):
+        assert said in text
 
 
 def test_leakage_that_reaches_chance_is_no_finding(studied, tmp_path):

@@ -46,7 +46,7 @@ def test_the_sample_depends_on_the_seed_alone():
 
 def test_the_fit_is_on_surveyed_train_images():
     few = run(probe_images=30, fit_images=12)
-    fit = survey._fit_rows(few)
+    fit = survey.fit_rows(few)
     assert len(fit) == 12
     assert (SPLIT_N[fit] == "train").all()
     assert np.isin(fit, survey.chosen_rows(few)[0]).all()

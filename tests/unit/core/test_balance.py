@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -282,6 +284,17 @@ def test_ada_loss_divides_by_the_moving_average_of_each_teacher(seed, ema):
     expected = table.loss_BT.double().numpy() / average[TEACHERS.numpy()] / 20
     found = balancer.weigh(state, table, None) * table.loss_BT
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_ada_loss_keeps_the_static_weights():
+    """A teacher of weight 3 counts three times as much, whatever its loss."""
+    static = torch.tensor([3.0, 3.0, 1.0])
+    balancer = ada_loss(cells=replace(cells(), static_T=static), ema=1.0)
+    loss_GT, count_GT = np.full((3, 3), 0.7) * static.numpy(), np.ones((3, 3))
+    state = balancer.update(balancer.init(), stats(loss_GT, count_GT))
+    table = LossTable(torch.tensor(loss_GT[:1], dtype=torch.float32), torch.ones(1, 3, dtype=torch.bool))
+    found_T = (balancer.weigh(state, table, None) * table.loss_BT)[0] * 20
+    np.testing.assert_allclose([found_T[0] + found_T[1], found_T[2]], [3, 1], rtol=1e-6)
 
 
 def test_ada_loss_counts_those_without_annotation_and_forgets_no_teacher():

@@ -194,6 +194,14 @@ def test_the_unit_of_a_value_does_not_matter():
     torch.testing.assert_close(one[1], two[1], atol=1e-8, rtol=0)
 
 
+def test_what_was_erased_in_float32_is_not_erased_again():
+    """What is left of it is the rounding of the features, and a projection on that would spoil new samples."""
+    x_ND, z_N, _ = data(200, 12)
+    once_ND = erased(x_ND, *leace(*streamed(x_ND, z_N))).float().double()
+    _, again_DD = leace(*streamed(once_ND, z_N))
+    assert torch.equal(again_DD, torch.zeros(12, 12, dtype=torch.float64))
+
+
 def test_features_that_do_not_know_the_attribute_stay_as_they_are():
     x_ND = torch.tensor([[0.0, 1.0], [1.0, 0.0]] * 4, dtype=torch.float64)
     _, matrix_DD = leace(*streamed(x_ND, torch.tensor([0, 0, 1, 1] * 2)))

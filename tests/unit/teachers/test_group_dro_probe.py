@@ -109,6 +109,8 @@ def test_what_does_not_vary_is_refused_by_name():
     x_ND, y_N, group_N = spurious(50, 0.9, 0)
     with pytest.raises(ValueError, match="label 'sick' has one value in the 50 images of known label and group"):
         make().derived.fit(stream(x_ND, torch.ones(50), group_N))
+    with pytest.raises(ValueError, match="attribute 'site' is unknown in all 50 images"):
+        make().derived.fit(stream(x_ND, y_N, torch.full((50,), -1)))
     with pytest.raises(ValueError, match="attribute 'site' has one value in the 20 images"):
         make().derived.fit(stream(x_ND, y_N, torch.where(torch.arange(50) < 20, 3, -1)))
     with pytest.raises(ValueError, match="no image to fit it on"):
