@@ -257,8 +257,8 @@ def main() -> None:
     text = markdown(told)
     print(text)
     options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / "step.md").write_text(text + "\n", encoding="utf-8")
-    write_json(options.json or options.results / "step.json", told)
+    (options.results / f"step-zero{options.zero}.md").write_text(text + "\n", encoding="utf-8")
+    write_json(options.json or options.results / f"step-zero{options.zero}.json", told)
 
 
 if __name__ == "__main__":
