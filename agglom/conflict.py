@@ -6,9 +6,10 @@ Suffixes: M images of the held-out sample, T columns of the loss table or teache
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -57,14 +58,21 @@ def measure(
         for place in torch.as_tensor(held_M).split(CHUNK)
     ]
     loss_MT, valid_MT = (torch.cat(parts) for parts in zip(*tables, strict=True))
-    pearson, spearman = diagnosis.correlations(loss_MT, valid_MT)
     return {
         "columns": [f"{column.teacher}/{column.kind}" for column in columns],
         "n_images": len(held_M),
-        "pearson": pearson.tolist(),
-        "spearman": spearman.tolist(),
+        "pearson": correlations(loss_MT, valid_MT, "pearson"),
+        "spearman": correlations(loss_MT, valid_MT, "spearman"),
         **_gradients(run, targets, student),
     }
+
+
+def correlations(loss_MT: Tensor, valid_MT: Tensor, method: Literal["pearson", "spearman"]) -> list[list[float]]:
+    """Between the columns, over the images valid in both; NaN where these are fewer than three, or one is constant."""
+    import pandas as pd
+
+    known_MT = loss_MT.double().masked_fill(~valid_MT, math.nan)
+    return pd.DataFrame(known_MT.numpy()).corr(method, min_periods=3).to_numpy().tolist()
 
 
 class _Targets:

@@ -15,9 +15,10 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from agglom.core.erase import CrossMoments, leace, oas
+from agglom.core.fitted import Fitted
 from agglom.core.normalise import Moments
 from agglom.core.types import Derived, Dims, Features, Teacher
 from agglom.errors import PluginError
@@ -53,10 +54,8 @@ def build(
     )
 
 
-class Eraser(nn.Module):
+class Eraser(Fitted):
     """x ↦ x − M(x − μ) for summary and patches, float64 inside; μ (D), M (D, D) and `fitted` are its state."""
-
-    fitted: Tensor
 
     def __init__(self, dims: Dims, name: str, attributes: tuple[str, ...], shrink: float | Literal["auto"]) -> None:
         super().__init__()
@@ -66,10 +65,6 @@ class Eraser(nn.Module):
             width = getattr(dims, kind)
             self.register_buffer(f"{kind}_mean_D", torch.zeros(width, dtype=torch.float64))
             self.register_buffer(f"{kind}_matrix_DD", torch.zeros(width, width, dtype=torch.float64))
-        self.register_buffer("fitted", torch.tensor(False))
-        # A plain bool beside the tensor: asking the tensor at every step would wait for the accelerator.
-        self.ready = False
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "ready", bool(module.fitted)))
 
     def forward(self, features: Features) -> Features:
         """The erased features. Raises PluginError before the fit."""
@@ -107,8 +102,7 @@ class Eraser(nn.Module):
             mean_D, matrix_DD = leace(moments[kind], crossed[kind], shrink)
             getattr(self, f"{kind}_mean_D").copy_(mean_D)
             getattr(self, f"{kind}_matrix_DD").copy_(matrix_DD)
-        self.fitted.fill_(True)
-        self.ready = True
+        self.done()
 
 
 def tokens(features: Features, kind: str) -> Tensor:

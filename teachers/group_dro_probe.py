@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from agglom.core.fitted import Fitted
 from agglom.core.types import Derived, Dims, Features, Teacher
 from agglom.errors import PluginError
 
@@ -77,13 +78,12 @@ class Recipe(NamedTuple):
     seed: int
 
 
-class Probe(nn.Module):
+class Probe(Fitted):
     """summary ↦ GELU(Wx + b) / scale. W takes the features as they are; `scale` makes the mean square of a dimension 1.
 
     Not centred: an angular loss reads directions from the origin, and the average patient would have none.
     """
 
-    fitted: Tensor
     weight_HD: Tensor
     bias_H: Tensor
     scale: Tensor
@@ -94,10 +94,6 @@ class Probe(nn.Module):
         self.register_buffer("weight_HD", torch.zeros(how.hidden, width))
         self.register_buffer("bias_H", torch.zeros(how.hidden))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("fitted", torch.tensor(False))
-        # A plain bool beside the tensor: asking the tensor at every step would wait for the accelerator.
-        self.ready = False
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "ready", bool(module.fitted)))
 
     def forward(self, features: Features) -> Features:
         """The embedding as the summary, without patches. Raises PluginError before the fit."""
@@ -135,8 +131,7 @@ class Probe(nn.Module):
         self.weight_HD.copy_(head.weight_HD)
         self.bias_H.copy_(head.bias_H)
         self.scale.copy_(F.gelu(F.linear(x_ND, head.weight_HD, head.bias_H)).square().mean().sqrt())
-        self.fitted.fill_(True)
-        self.ready = True
+        self.done()
 
 
 class Head(NamedTuple):

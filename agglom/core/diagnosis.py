@@ -1,6 +1,6 @@
-"""What features look like before anything is learned from them, and how far losses and gradients agree.
+"""What features look like before anything is learned from them, and how far gradients agree.
 
-Shape suffixes: N samples, D width, T columns of the loss table or teachers. Everything is computed in float64; what is
+Shape suffixes: N samples, D width, T teachers. Everything is computed in float64; what is
 not defined is NaN.
 """
 
@@ -93,37 +93,6 @@ def _hsic(k_NN: Tensor, l_NN: Tensor) -> Tensor:
     means = k_NN.sum() * l_NN.sum() / ((n - 1) * (n - 2))
     rows = 2 / (n - 2) * (k_NN.sum(0) * l_NN.sum(0)).sum()
     return (trace + means - rows) / (n * (n - 3))
-
-
-def ranks(x_N: Tensor) -> Tensor:
-    """1 for the smallest; equal values share the mean of their ranks."""
-    _, place_N, count_K = x_N.double().unique(return_inverse=True, return_counts=True)
-    last_K = count_K.cumsum(0).double()
-    return (last_K - (count_K - 1) / 2)[place_N]
-
-
-def correlations(loss_NT: Tensor, valid_NT: Tensor) -> tuple[Tensor, Tensor]:
-    """Pearson's and Spearman's correlation between the columns, (T, T) each, over the samples valid in both.
-
-    NaN where these are fewer than three, or one of the two does not vary over them.
-    """
-    columns = loss_NT.shape[1]
-    found = torch.full((2, columns, columns), math.nan, dtype=torch.float64)
-    for i in range(columns):
-        for j in range(i + 1):
-            both_N = valid_NT[:, i] & valid_NT[:, j]
-            pair = loss_NT[both_N, i].double(), loss_NT[both_N, j].double()
-            for which, (x_N, y_N) in enumerate((pair, tuple(map(ranks, pair)))):
-                found[which, i, j] = found[which, j, i] = _pearson(x_N, y_N)
-    return found[0], found[1]
-
-
-def _pearson(x_N: Tensor, y_N: Tensor) -> float:
-    if len(x_N) < 3:
-        return math.nan
-    x_N, y_N = x_N - x_N.mean(), y_N - y_N.mean()
-    norm = x_N.norm() * y_N.norm()
-    return float((x_N @ y_N / norm).clamp(-1, 1)) if norm > 0 else math.nan
 
 
 def cosines(gram_TT: Tensor) -> Tensor:

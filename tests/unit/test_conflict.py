@@ -141,6 +141,29 @@ def expected_losses(setting):
     )
 
 
+def test_correlations_are_those_of_numpy_and_scipy():
+    draw = torch.Generator().manual_seed(0)
+    loss_MT = torch.rand(40, 3, generator=draw).round(decimals=1)  # with ties
+    valid_MT = torch.ones(40, 3, dtype=torch.bool)
+    valid_MT[:25, 2] = False
+    pearson, spearman = (np.array(conflict.correlations(loss_MT, valid_MT, m)) for m in ("pearson", "spearman"))
+    x = loss_MT.double().numpy()
+    np.testing.assert_allclose(pearson[:2, :2], np.corrcoef(x[:, :2].T), atol=1e-12)
+    np.testing.assert_allclose(pearson[:, 2], np.corrcoef(x[25:].T)[2], atol=1e-12)
+    assert spearman[0, 1] == pytest.approx(stats.spearmanr(x[:, 0], x[:, 1]).statistic)
+    assert spearman[2, 1] == pytest.approx(stats.spearmanr(x[25:, 2], x[25:, 1]).statistic)
+
+
+@pytest.mark.parametrize("method", ["pearson", "spearman"])
+def test_undefined_correlations(method):
+    loss_MT = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
+    valid_MT = torch.ones(3, 2, dtype=torch.bool)
+    found = np.array(conflict.correlations(loss_MT, valid_MT, method))
+    assert np.isnan(found[0]).all()
+    assert found[1, 1] == pytest.approx(1)
+    assert np.isnan(conflict.correlations(loss_MT[:2], valid_MT[:2], method)).all()
+
+
 def test_correlations_are_of_the_losses(setting):
     found = conflict.measure(*setting.arguments)
     loss = expected_losses(setting).detach().numpy()

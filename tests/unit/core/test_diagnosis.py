@@ -1,11 +1,10 @@
-"""Diagnoses of features, losses and gradients: against NumPy, SciPy, scikit-learn and closed forms."""
+"""Diagnoses of features and gradients: against NumPy, SciPy, scikit-learn and closed forms."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from agglom.core import diagnosis
 from agglom.core.normalise import Moments
@@ -122,35 +121,7 @@ def test_undefined_cka():
     assert math.isnan(diagnosis.linear_cka(torch.ones(9, 4), torch.randn(9, 4)))
 
 
-# ── Agreement of losses and gradients ──
-
-
-def test_ranks_share_ties():
-    x = np.array([3.0, 1.0, 3.0, 2.0, 3.0, 1.0])
-    np.testing.assert_allclose(diagnosis.ranks(torch.as_tensor(x)).numpy(), stats.rankdata(x))
-
-
-def test_correlations_are_those_of_numpy_and_scipy(draw):
-    loss_NT = torch.rand(40, 3, generator=draw).round(decimals=1)
-    valid_NT = torch.ones(40, 3, dtype=torch.bool)
-    valid_NT[:25, 2] = False
-    loss_NT[:25, 2] = math.nan
-    pearson, spearman = (found.numpy() for found in diagnosis.correlations(loss_NT, valid_NT))
-    x = loss_NT.double().numpy()
-    np.testing.assert_allclose(pearson[:2, :2], np.corrcoef(x[:, :2].T), atol=1e-12)
-    np.testing.assert_allclose(pearson[:, 2], np.corrcoef(x[25:].T)[2], atol=1e-12)
-    assert spearman[0, 1] == pytest.approx(stats.spearmanr(x[:, 0], x[:, 1]).statistic)
-    assert spearman[2, 1] == pytest.approx(stats.spearmanr(x[25:, 2], x[25:, 1]).statistic)
-    np.testing.assert_array_equal(spearman, spearman.T)
-
-
-def test_undefined_correlations():
-    loss_NT = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
-    pearson, spearman = diagnosis.correlations(loss_NT, torch.ones(3, 2, dtype=torch.bool))
-    assert torch.isnan(torch.stack([pearson[0], spearman[0]])).all()
-    assert (float(pearson[1, 1]), float(spearman[1, 1])) == pytest.approx((1, 1))
-    few, _ = diagnosis.correlations(loss_NT[:2], torch.ones(2, 2, dtype=torch.bool))
-    assert torch.isnan(few).all()
+# ── Agreement of gradients ──
 
 
 def test_cosines_of_a_gram_matrix(draw):
