@@ -85,6 +85,13 @@ class Run:
         return losses.columns(self.targets, weights, self.job.loss.summary_weight, self.job.loss.patches_weight)
 
     @property
+    def compared_by_mfd(self) -> tuple[str, ...]:
+        """The teachers whose summaries `loss.mfd` compares."""
+        asked = self.job.loss.mfd
+        named = {column.teacher for column in self.columns if column.kind == "summary"} if asked else set()
+        return tuple(sorted(name for name in named if asked and asked.teacher in (None, name)))
+
+    @property
     def identity(self) -> dict[str, str]:
         """What must be equal for a checkpoint or stored features to belong to this run."""
         settings = asdict(self.job)
@@ -127,8 +134,15 @@ def assemble(job: Job, base: Path, out: Path, world: World, stop: StopRequest) -
     """
     manifest, resolved, spaces, teachers = world.attempt(lambda: _parts(job, base, world))
     run = Run(job, base, out, world, manifest, resolved, spaces, teachers, stop)
+    world.attempt(lambda: _check_mfd(run))
     world.attempt(lambda: zeroshot.check(run))
     return run
+
+
+def _check_mfd(run: Run) -> None:
+    if (asked := run.job.loss.mfd) and not run.compared_by_mfd:
+        who = f"{asked.teacher!r} has no" if asked.teacher else "no teacher has a"
+        raise ConfigError(f"loss.mfd: {who} summary whose loss has a weight; name another teacher, or set it to null")
 
 
 def _parts(job: Job, base: Path, world: World) -> tuple[Manifest, Plan, dict[str, GroupSpace], dict[str, Teacher]]:
@@ -160,11 +174,12 @@ def _check_served(manifest: Manifest, spaces: Mapping[str, GroupSpace], teachers
 
 
 def _trained_groups(job: Job, teachers: Mapping[str, Teacher]) -> list[str]:
-    """The attributes and crossings that training depends on: the balancer's, the normalisers' and the teachers'."""
+    """The attributes and crossings that training depends on: the balancer's, normalisers', views' and teachers'."""
     derived = [teacher.derived for teacher in teachers.values() if teacher.derived is not None]
     served = [teacher.serves.attribute for teacher in teachers.values() if teacher.serves is not None]
     fitted = [name for one in derived for name in (*one.attributes, *one.groups)]
-    names = [job.balance.group, job.loss.moments_by, *served, *fitted]
+    viewed = [name for stage in job.stages if stage.views for name in stage.views.groups]
+    names = [job.balance.group, job.loss.moments_by, *viewed, *served, *fitted]
     return [name for name in dict.fromkeys(names) if name]
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from agglom import curriculum, plugins
 from agglom.errors import ConfigError, PluginError
-from agglom.job import Data, Duration, Job, Side, Size, Stage, TeacherSpec, duration, pair, parse_duration
+from agglom.job import Data, Duration, Job, Side, Size, Stage, TeacherSpec, Views, duration, pair, parse_duration
 from agglom.yamls import Key, one_of, show
 
 Problem = tuple[Key, str]
-# Balancers that weigh the teachers, or nothing: they do without balance.group.
-GROUPLESS = ("uniform", "teacher_dropping", "ada_loss")
+# Balancers that weigh the teachers, or nothing, or may do either: they do without balance.group.
+GROUPLESS = ("uniform", "teacher_dropping", "ada_loss", "static", "agre")
 T = TypeVar("T", str, Size)
 
 
@@ -172,6 +173,7 @@ def _check_stages(job: Job) -> Iterator[Problem]:
         for name in repeated(stage.teachers):
             yield (*key, "teachers"), f"{name!r} is given twice"
         yield from _check_sizes((*key, "sizes"), stage.sizes)
+        yield from _check_views(job.data, (*key, "views"), stage.views)
         if stage.sizes and pair(stage.size) not in map(pair, stage.sizes):
             yield (
                 (*key, "size"),
@@ -235,6 +237,21 @@ def _check_sizes(key: Key, sizes: Sequence[Side]) -> Iterator[Problem]:
         yield key, f"{show([height, width])} is given twice"
 
 
+def _check_views(data: Data, key: Key, views: Views | None) -> Iterator[Problem]:
+    if views is None:
+        return
+    kinds = asdict(views.kinds)
+    if not any(kinds.values()):
+        yield (*key, "kinds"), f"no strength is above 0; give one of {', '.join(kinds)} one, or set views to null"
+    for name, groups in views.groups.items():
+        for message in attributes(data, name):
+            yield (*key, "groups"), message
+        if not groups:
+            yield (*key, "groups", name), "is empty; name the groups whose images the student sees so, or remove it"
+        for group in repeated(groups):
+            yield (*key, "groups", name), f"{group!r} is given twice"
+
+
 def _check_warmup(job: Job, key: Key, stage: Stage, length: Duration) -> Iterator[Problem]:
     try:
         warmup = parse_duration(stage.warmup)
@@ -265,6 +282,13 @@ def problems(job: Job) -> Iterator[Problem]:
     elif job.balance.kind not in GROUPLESS and plugins.takes(job.balance.kind, "balancers", "cells"):
         known = ", ".join(job.data.attributes) or "none yet"
         yield ("balance", "group"), f"kind {job.balance.kind!r} weighs groups; name an attribute (there are: {known})"
+    yield from _check_balanced_teachers(job)
+    if job.balance.resample and job.balance.group is None:
+        yield (
+            ("balance", "resample"),
+            "draws images by their group; name an attribute under balance.group, or set it to 0",
+        )
+    yield from _check_mfd(job)
     if job.heads.kind == "transformer" and job.heads.depth != 1:
         yield ("heads", "depth"), f"kind transformer is one block, got {job.heads.depth}; set 1"
     if job.loss.moments_by is not None:
@@ -297,6 +321,51 @@ def problems(job: Job) -> Iterator[Problem]:
                 yield ("log", name), "must be more than 0"
         except ConfigError as error:
             yield ("log", name), str(error)
+
+
+def _check_balanced_teachers(job: Job) -> Iterator[Problem]:
+    """The teachers that the options of a balancer name, and what agre's gradients need."""
+    kind, options = job.balance.kind, job.balance.options
+    named = {"static": "teachers", "agre": "biased"}.get(kind)
+    if named is None:
+        return
+    key: Key = ("balance", "options", named)
+    given = options.get(named)
+    yield from _check_named(job, key, [given] if isinstance(given, str) else list(given or ()))
+    if kind == "static" and options.get("groups") and job.balance.group is None:
+        yield ("balance", "group"), "the options weigh groups; name their attribute"
+    if kind != "agre":
+        return
+    if job.engine.zero == 3:
+        yield ("engine", "zero"), "balance.kind agre takes gradients within a step, which ZeRO 3 cannot; set 0, 1 or 2"
+    if job.heads.tokens == "own":
+        yield ("heads", "tokens"), "balance.kind agre takes gradients at the summary that all heads read; set shared"
+    if not job.loss.summary_weight:
+        yield ("loss", "summary_weight"), "is 0, and balance.kind agre takes the gradients of summary losses"
+
+
+def _check_mfd(job: Job) -> Iterator[Problem]:
+    mfd = job.loss.mfd
+    if mfd is None:
+        return
+    key: Key = ("loss", "mfd")
+    if mfd.label not in job.data.labels:
+        yield (*key, "label"), one_of(mfd.label, list(job.data.labels), "labels under data.labels")
+    if mfd.teacher is not None:
+        yield from _check_named(job, (*key, "teacher"), [mfd.teacher])
+    if job.balance.group is None:
+        yield key, "compares groups with all; name an attribute under balance.group"
+    if not job.loss.summary_weight:
+        yield key, "compares summaries, and loss.summary_weight is 0; set mfd to null"
+
+
+def _check_named(job: Job, key: Key, names: Sequence[str]) -> Iterator[Problem]:
+    """Names of teachers that every student of the job has."""
+    for name in names:
+        if name not in job.teachers:
+            yield key, one_of(name, list(job.teachers), "teachers")
+        elif any(name not in leg.teachers for leg in curriculum.parts(job)):
+            yield key, f"{name!r} does not teach the first student of this job; train that one in a job of its own"
 
 
 def _check_studies(job: Job) -> Iterator[Problem]:

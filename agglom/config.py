@@ -32,6 +32,8 @@ def _type_at(key: Key) -> Any:
             found = get_type_hints(found)[str(part)]
         else:
             found = get_args(found)[-1 if get_origin(found) is dict else 0]
+        if type(None) in get_args(found):
+            found = get_args(found)[0]
     return found
 
 

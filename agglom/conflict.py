@@ -57,7 +57,7 @@ def measure(
         targets.table({name: _part(pool, place) for name, pool in predicted.items()}, place)
         for place in torch.as_tensor(held_M).split(CHUNK)
     ]
-    loss_MT, valid_MT = (torch.cat(parts) for parts in zip(*tables, strict=True))
+    loss_MT, valid_MT = (torch.cat(parts) for parts in zip(*(one[:2] for one in tables), strict=True))
     return {
         "columns": [f"{column.teacher}/{column.kind}" for column in columns],
         "n_images": len(held_M),

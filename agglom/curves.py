@@ -117,5 +117,7 @@ def of_weights(journal: Path, attribute: str | None, stages: Sequence[str]) -> d
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return round(sum(values) / len(values), DIGITS) if values else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are known: a balancer may not know a weight before it has a loss."""
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known), DIGITS) if known else None

@@ -127,16 +127,27 @@ class Engine:
         self._undo_division = world.size * job.optim.accumulate
         self._zero = job.engine.zero
         self._dtype = torch.bfloat16 if job.engine.precision == "bf16" else torch.float32
+        self._asleep: list[tuple[Any, Any]] = []
 
     def __call__(self, pixels_BCHW: Tensor) -> tuple[Features, dict[str, Features]]:
-        """Trunk features and the prediction for every teacher."""
-        return self._engine(pixels_BCHW.to(self._dtype))
+        """Trunk features and the prediction for every teacher. Until `backward`, autograd may be asked for gradients of
+        any of them with respect to the trunk features; not in ZeRO 3."""
+        trunk, predicted = self._engine(pixels_BCHW.to(self._dtype))
+        # DeepSpeed takes the first gradient that passes its outputs for the start of a backward pass, and scales it.
+        # It keeps who watches for that at the first output, which is the trunk's.
+        watching = [hook for part in trunk for hook in getattr(part, "_backward_hook_managers", ())]
+        self._asleep = [(hook, hook.preprocess_per_tensor_fn) for hook in watching]
+        for hook in watching:
+            hook.preprocess_done, hook.preprocess_per_tensor_fn = True, None
+        return trunk, predicted
 
     def train(self) -> None:
         self._engine.train()
 
     def backward(self, objective: Tensor) -> None:
         """Accumulate the gradient; `objective` is this micro-batch's share of the global sum."""
+        for hook, scale in self._asleep:
+            hook.preprocess_done, hook.preprocess_per_tensor_fn = False, scale
         self._engine.backward(objective * self._undo_division)
 
     def step(self, lr: float, trunk_lr_scale: float) -> None:

@@ -18,6 +18,7 @@ Natural = Annotated[int, Ge(0)]
 Rate = Annotated[float, Gt(0)]
 Weight = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]
+Strength = Annotated[float, Ge(0), Le(1)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Size = tuple[int, int]  # of an image in pixels: height, width
 
@@ -156,6 +157,18 @@ class Heads(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mfd(Section):
+    """Among the images of a class of `label`, the summaries that the student predicts for each group of `balance.group`
+    are to be spread as the target's of all are, by `weight` times a conditional MMD (Jung et al. 2021, arXiv
+    2106.04411), in each micro-batch. Of one `teacher`, or summed over all.
+    """
+
+    label: str
+    weight: Rate = 1.0
+    teacher: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loss(Section):
     """Losses per token kind, their weights, and the normaliser of the targets.
 
@@ -174,6 +187,7 @@ class Loss(Section):
     moments_by: str | None = None
     refit: Literal["once", "stage"] = "once"
     shift: Natural = 0
+    mfd: Mfd | None = None
 
     @property
     def normalises_summary(self) -> bool:
@@ -183,11 +197,16 @@ class Loss(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Balance(Section):
-    """How the cells (teacher × group) are weighted; `group` is an attribute or a crossing such as `sex*view`."""
+    """How the cells (teacher × group) are weighted; `group` is an attribute or a crossing such as `sex*view`.
+
+    With `resample` above 0 images are drawn with replacement, so that a group of share p comes with one ∝ p^(1 −
+    resample): at 1 all groups are as frequent. Images without annotation come as often as before.
+    """
 
     kind: str = "uniform"
     group: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    resample: Strength = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +229,29 @@ class Optim(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Acquisition(Section):
+    """How strongly each kind of a simulated acquisition acts, 1 at most; 0 is not at all."""
+
+    blur: Strength = 0.0
+    resolution: Strength = 0.0
+    contrast: Strength = 0.0
+    inversion: Strength = 0.0
+    noise: Strength = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views(Section):
+    """The student sees a `share` of its images as some other device might have taken them, its teachers never.
+
+    With `groups` of attributes or crossings, only images that are in any of these groups.
+    """
+
+    kinds: Acquisition
+    share: Share = 0.5
+    groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage(Section):
     """One leg of the training. Without `teachers`, all of them.
 
@@ -220,6 +262,8 @@ class Stage(Section):
 
     The heads learn at `lr`, the trunk at `trunk_lr_scale` times it: below 1 a pretrained trunk keeps more of what it
     knows while the heads, which start at random, catch up (Kumar et al. 2022, arXiv 2202.10054).
+
+    With `views` the student does not see what its teachers see, who always see the clean image.
     """
 
     name: str
@@ -232,6 +276,7 @@ class Stage(Section):
     lr_end: Weight = 1e-5
     trunk_lr_scale: Share = 1.0
     warmup: str = "5%"
+    views: Views | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from agglom import config, curriculum, licences
 from agglom.errors import ConfigError
-from agglom.job import Job, Size, duration, pair, show_size
+from agglom.job import Job, Size, Views, duration, pair, show_size
+from agglom.yamls import one_of
 
 if TYPE_CHECKING:
     from agglom.data.manifest import Manifest
@@ -39,6 +40,7 @@ class ResolvedStage:
     lr: float
     lr_end: float
     trunk_lr_scale: float
+    views: Views | None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
     """Turn durations into steps and the batch into its parts.
 
     Raises ConfigError where the batch does not divide over `world` ranks, DeepSpeed's keys contradict agglom's, or a
-    warm-up is longer than its stage, or nobody is annotated with the group that is balanced.
+    warm-up is longer than its stage, or nobody is annotated with the group that is balanced or that views are of.
     """
     config.deepspeed(job, world)
     if job.balance.group and not any(len(rows) for rows in manifest.view(job.balance.group).members.values()):
@@ -96,9 +98,10 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
             )
         teachers = stage.teachers or tuple(job.teachers)
         rates = stage.lr, stage.lr_end, stage.trunk_lr_scale
+        _check_views(f"stages[{index}].views", stage.views, manifest)
         sizes = tuple(map(pair, stage.sizes or (stage.size,)))
         lengths = index, first_step, steps, warmup
-        stages.append(ResolvedStage(stage.name, *lengths, pair(stage.size), sizes, teachers, *rates))
+        stages.append(ResolvedStage(stage.name, *lengths, pair(stage.size), sizes, teachers, *rates, stage.views))
         first_step += steps
 
     def interval(text: str) -> int:
@@ -115,6 +118,18 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
         evaluate_size=pair(job.evaluate.size or job.stages[-1].size),
         warnings=tuple(_warnings(job, manifest)),
     )
+
+
+def _check_views(key: str, views: Views | None, manifest: Manifest) -> None:
+    """The groups whose images the student sees otherwise exist, and train images are of each."""
+    for name, groups in views.groups.items() if views else ():
+        members = manifest.view(name).members
+        for index, group in enumerate(groups):
+            place = f"{key}.groups.{name}[{index}]"
+            if group not in members:
+                raise ConfigError(f"{place}: {one_of(group, list(members), f'values of {name}')}")
+            if not (manifest.split_N[members[group]] == "train").any():
+                raise ConfigError(f"{place}: {group!r} has no train image in {manifest.path}; name a group that has")
 
 
 def document(job: Job, base: Path, world: int, manifest: Manifest) -> str:
@@ -198,6 +213,7 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
         f"- {plan.total_steps} steps, {plan.total_steps * plan.global_batch} images seen; a line every "
         f"{plan.log_every} steps, a checkpoint every {plan.checkpoint_every}, {job.log.keep} kept",
         f"- weights: {job.balance.kind}" + (f" over {job.balance.group}" if job.balance.group else ""),
+        *_fairness(job),
         *_prompts(job),
         *licences.planned(job),
         "",
@@ -227,6 +243,7 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
         "",
         f"The evaluation runs at {show_size(plan.evaluate_size)} px before the first stage (teachers) and after each "
         "(student).",
+        *_views(plan),
         *_sizes(plan, job),
     ]
     if names := _names(job):
@@ -245,6 +262,27 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
     if plan.warnings:
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in plan.warnings)]
     return "\n".join(lines) + "\n"
+
+
+def _fairness(job: Job) -> Iterator[str]:
+    if power := job.balance.resample:
+        yield f"- images: drawn with replacement, a group of share p with one ∝ p^{1 - power:g}"
+    if mfd := job.loss.mfd:
+        of = mfd.teacher or "all teachers"
+        yield f"- MFD of {mfd.label} over {job.balance.group}: {mfd.weight:g} × that of the summaries of {of}"
+
+
+def _views(plan: Plan) -> list[str]:
+    told = []
+    for stage in plan.stages:
+        if views := stage.views:
+            among = " or ".join(f"{name} {group}" for name, groups in views.groups.items() for group in groups)
+            kinds = ", ".join(f"{kind} {strength:g}" for kind, strength in asdict(views.kinds).items() if strength)
+            told.append(
+                f"In stage {stage.name} the student sees {100 * views.share:g} % of {among or 'all'} images under a "
+                f"simulated acquisition, at most: {kinds}. Teachers see the clean image, as evaluations do."
+            )
+    return told
 
 
 def _sizes(plan: Plan, job: Job) -> list[str]:

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from agglom.train import Loop
 
 
-def log(loop: Loop, stage: ResolvedStage, state: State, lr: float, rate: float) -> None:
+def log(loop: Loop, stage: ResolvedStage, state: State, lr: float, rate: float, mfd: Tensor) -> None:
+    """`mfd`: the term of `loss.mfd` in the last step."""
     run = loop.run
     measured = {"images_per_s": rate, "memory_mib": max(run.world.gather(peak_memory_mib(run.world.device)))}
+    if run.job.loss.mfd is not None:
+        measured["mfd"] = float(mfd)
     grad_norm = loop.engine.grad_norm()
     if grad_norm is not None:
         measured["grad_norm"] = grad_norm

@@ -8,8 +8,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from agglom import checkpoints, plugins, progress, targets
 from agglom.assemble import Run
@@ -19,7 +21,7 @@ from agglom.core.balance import Cells
 from agglom.core.losses import Column
 from agglom.core.types import Balancer, Batch, CellStats, Features, LossTable, Student
 from agglom.data.dataset import ImageDataset
-from agglom.data.sampler import drawn, loader, stream
+from agglom.data.sampler import drawn, loader, stream, tempered
 from agglom.engine import Engine, latest
 from agglom.errors import AgglomError, Interrupted, NumericsError
 from agglom.job import Size
@@ -93,21 +95,24 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
         )
         generator, places = _seeded(run, state.step), _places(run, state.step)
         shift = shifts[drawn(stage.sizes, run.job.seed, state.step)]
-        cells = _no_cells(run)
+        cells, mfd = _no_cells(run), torch.zeros((), device=world.device)
         seen: list[tuple[Batch, LossTable, Tensor]] = []
         for batch in batches:
-            predicted, wanted = _compared(loop, stage, aim, shift, places, batch)
+            trunk, predicted, wanted = _compared(loop, stage, aim, shift, places, batch)
+            present = _present(loop, wanted, batch)
             table = losses.table(
                 loop.columns,
                 predicted,
                 wanted,
-                _present(loop, wanted, batch),
+                present,
                 summary=run.job.loss.summary,
                 patches=run.job.loss.patches,
                 dispersion=dispersion,
-            )
+            )._replace(row_B=batch.row_B, trunk_BD=trunk.summary_BD)
             weight_BT = loop.balancer.weigh(state.balance, table, batch.group_B, generator)
-            engine.backward(losses.objective(table, weight_BT))
+            term = _mfd(loop, predicted, wanted, present, batch)
+            mfd = mfd + term.detach()
+            engine.backward(losses.objective(table, weight_BT) + term)
             engine.step(lr, stage.trunk_lr_scale)
             cells = _add(cells, groups.tally(batch.group_B, table.loss_BT, table.valid_BT, len(loop.values)))
             seen.append((batch, table, _sick(loop.columns, wanted, table)))
@@ -116,7 +121,8 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
         state = State(state.step + 1, loop.balancer.update(state.balance, cells), _add(state.window, cells))
         if state.step % run.plan.log_every == 0 or state.step == end:
             _assert_finite(loop, stage, state, witness)
-            progress.log(loop, stage, state, lr, (state.step - logged) * run.plan.global_batch / watch())
+            rate = (state.step - logged) * run.plan.global_batch / watch()
+            progress.log(loop, stage, state, lr, rate, world.sum(mfd))
             state, watch, logged = State(state.step, state.balance, _no_cells(run)), Stopwatch(), state.step
         if state.step % run.plan.checkpoint_every == 0 or state.step == end:
             _assert_finite(loop, stage, state, witness)
@@ -134,6 +140,7 @@ def _feed(run: Run, stage: ResolvedStage, sizes: Sequence[Size], start_step: int
         run.balance_space.index_N,
         job.seed,
         job.data.value_range,
+        stage.views,
     )
     samples = stream(
         rows_N,
@@ -145,8 +152,15 @@ def _feed(run: Run, stage: ResolvedStage, sizes: Sequence[Size], start_step: int
         world=run.world.size,
         accumulate=job.optim.accumulate,
         start_step=start_step,
+        weights=_drawn_by(run),
     )
     return loader(dataset, samples, job.data.workers)
+
+
+def _drawn_by(run: Run) -> np.ndarray | None:
+    """The probability of each train row under the sampler; None where each comes once an epoch."""
+    group_N = run.balance_space.index_N[torch.as_tensor(run.manifest.rows("train"))].numpy()
+    return tempered(group_N, run.job.balance.resample) if run.job.balance.resample else None
 
 
 def _read(
@@ -178,20 +192,23 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
 
 def _compared(
     loop: Loop, stage: ResolvedStage, aim: Aim, shift: Shift, places: random.Random, batch: Batch
-) -> tuple[dict[str, Features], dict[str, Features]]:
-    """What the student predicts of a micro-batch and what it is asked for, on the patches that both sides see."""
+) -> tuple[Features, dict[str, Features], dict[str, Features]]:
+    """The student's features of a micro-batch, what it predicts and what it is asked for, on the patches that both
+    sides see."""
     teachers, here = loop.run.teachers, shift.draw(places)
     root = {name: targets.root(teachers, name) for name in stage.teachers}
     there = {name: shift.draw(places) for name in sorted(set(root.values()))}
     features = targets.encode(
         teachers, stage.teachers, batch.pixels_BCHW, lambda name, pixels_BCHW: shift.window(pixels_BCHW, there[name])
     )
-    _, predicted = loop.engine(shift.window(batch.pixels_BCHW, here))
+    student_BCHW = batch.pixels_BCHW if batch.student_BCHW is None else batch.student_BCHW
+    trunk, predicted = loop.engine(shift.window(student_BCHW, here))
     wanted = {
         name: shift.overlap(aim.normalisers[name](raw), there[root[name]], here) for name, raw in features.items()
     }
     predicted = {name: aim.since[name](one) if name in aim.since else one for name, one in predicted.items()}
-    return predicted | {name: shift.overlap(predicted[name], here, there[root[name]]) for name in wanted}, wanted
+    seen = {name: shift.overlap(predicted[name], here, there[root[name]]) for name in wanted}
+    return trunk, predicted | seen, wanted
 
 
 def shifts_of(run: Run, student: Student) -> dict[str, dict[Size, Shift]]:
@@ -213,6 +230,30 @@ def _present(loop: Loop, wanted: Collection[str], batch: Batch) -> Mapping[str, 
         return set(wanted)
     everybody_B = torch.ones_like(batch.row_B, dtype=torch.bool)
     return {name: specialists.get(name, everybody_B) for name in wanted}
+
+
+def _mfd(
+    loop: Loop,
+    predicted: Mapping[str, Features],
+    wanted: Mapping[str, Features],
+    present: Mapping[str, Tensor] | Set[str],
+    batch: Batch,
+) -> Tensor:
+    """The share of a micro-batch in the mean of `loss.mfd`, times its weight, over the micro-batches of all ranks, each
+    of which has a statistic of its own; 0 without. Under a loss of directions alone, directions are compared."""
+    run, asked = loop.run, loop.run.job.loss.mfd
+    term = torch.zeros((), device=run.world.device)
+    if asked is None or batch.label_BL is None:
+        return term
+    label_B = batch.label_BL[:, run.manifest.labels.index(asked.label)]
+    for teacher in run.compared_by_mfd:
+        if teacher not in wanted:
+            continue
+        known_B = label_B.where(present[teacher], torch.nan) if isinstance(present, Mapping) else label_B
+        pair = [losses.tokens(features[teacher], "summary") for features in (predicted, wanted)]
+        x_BD, y_BD = pair if run.job.loss.normalises_summary else (F.normalize(z_BD, dim=-1) for z_BD in pair)
+        term = term + losses.mfd(x_BD, y_BD, known_B, batch.group_B, len(loop.values))
+    return term * asked.weight * run.plan.micro / run.plan.global_batch
 
 
 def _seeded(run: Run, step: int) -> torch.Generator:
@@ -239,15 +280,22 @@ def _add(a: CellStats, b: CellStats) -> CellStats:
 
 def balancer(run: Run) -> Balancer:
     """The balancer of the job, told the shares of the groups under the sampler."""
-    train_N = run.balance_space.index_N[torch.as_tensor(run.manifest.rows("train"))]
-    count_G = torch.bincount(train_N[train_N >= 0], minlength=len(run.balance_space.values))
+    train_N, weight_N = run.balance_space.index_N[torch.as_tensor(run.manifest.rows("train"))], _drawn_by(run)
+    known_N, groups = train_N >= 0, len(run.balance_space.values)
+    count_G = torch.bincount(train_N[known_N], minlength=groups)
+    share_G = count_G.double() / len(train_N)
+    if weight_N is not None:
+        share_G = torch.bincount(train_N[known_N], torch.from_numpy(weight_N)[known_N], minlength=groups)
     cells = Cells(
-        (count_G.double() / len(train_N)).to(run.world.device),
+        share_G.to(run.world.device),
         losses.teacher_index(run.columns).to(run.world.device),
         run.plan.global_batch,
         len(train_N),
         _served_cells(run).to(run.world.device),
         torch.tensor([column.weight for column in run.columns], dtype=torch.float64, device=run.world.device),
+        run.balance_space.values,
+        tuple(dict.fromkeys(column.teacher for column in run.columns)),
+        count_G.to(run.world.device),
     )
     return plugins.build(run.job.balance.kind, "balancers", run.job.balance.options, cells=cells)
 

@@ -9,6 +9,7 @@ Shape suffixes: B batch, T columns of the table, S teachers, G groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,7 +28,9 @@ class Cells:
     `share_G`: each group's share under the sampler, over all rows, those without annotation included. `teacher_T`:
     column → teacher index (int64). `batch`: the global batch. `rows`: training rows, for a generalisation adjustment.
     `served_GT`: the cells that can occur, all by default; a specialist has none in the groups that it does not serve.
-    `static_T`: the static weight of each column, which its losses contain; all 1 by default.
+    `static_T`: the static weight of each column, which its losses contain; all 1 by default. `groups` and `teachers`
+    are their names, by index. `count_G`: the training rows of each group, where a sampler that draws some groups more
+    often than others makes them another number than share × rows.
     Tensors lie on the device of the table, and so does the state.
     """
 
@@ -37,6 +40,9 @@ class Cells:
     rows: int = 0
     served_GT: Tensor | None = None
     static_T: Tensor | None = None
+    groups: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
+    count_G: Tensor | None = None
 
 
 def uniform(*, cells: Cells) -> Balancer:
@@ -80,35 +86,20 @@ def group_dro(
         cap=(cap, cap >= 1, "≥ 1"),
     )
     share_G = cells.share_G.double()
-    bonus_G = adjustment / (share_G * max(1, cells.rows)).sqrt() if adjustment else torch.zeros_like(share_G)
-    teachers = int(cells.teacher_T.max()) + 1
-    everywhere_GT = torch.ones(len(share_G), len(cells.teacher_T), dtype=torch.bool, device=share_G.device)
-    served_GT = everywhere_GT if cells.served_GT is None else cells.served_GT
-
-    def init() -> State:
-        loss_GT = share_G.new_zeros(len(share_G), len(cells.teacher_T))
-        return {"q_G": share_G.clone(), "loss_GT": loss_GT, "seen_GT": torch.zeros_like(loss_GT, dtype=torch.bool)}
+    count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
+    bonus_G = adjustment / count_G.sqrt() if adjustment else torch.zeros_like(share_G)
+    follow = _following(cells, ema)
 
     def update(state: State, stats: CellStats) -> State:
-        sum_GT, count_GT = stats.sum_GT[:-1], stats.count_GT[:-1]
-        seen_GT, now_GT = state["seen_GT"], count_GT > 0
-        mean_GT = sum_GT / count_GT.clamp(min=1)
-        moved_GT = torch.where(seen_GT, torch.lerp(state["loss_GT"], mean_GT, ema), mean_GT)
-        loss_GT = torch.where(now_GT, moved_GT, state["loss_GT"])
-        seen_GT = seen_GT | now_GT
-        # Only the columns of this step, whose teachers take part, and only groups whose mean over them is known.
-        active_GT = now_GT.any(0) & served_GT
-        active_G = share_G.new_zeros(len(share_G), teachers).index_add(1, cells.teacher_T, active_GT.double())
-        loss_G = (loss_GT * active_GT).sum(1) / active_G.count_nonzero(1).clamp(min=1)
-        ready_G = now_GT.any(1) & (seen_GT | ~active_GT).all(1)
+        followed, loss_G, ready_G = follow(state, stats)
         mass_G = torch.where(ready_G, state["q_G"], 0.0)
         # The largest exponent is subtracted: it cancels in the normalisation, and exp cannot overflow.
         exponent_G = torch.where(ready_G, eta * (loss_G + bonus_G), -torch.inf)
         tilted_G = mass_G * torch.exp(exponent_G - exponent_G.max().clamp(min=torch.finfo(torch.float64).min))
         q_G = _capped(tilted_G, torch.where(ready_G, share_G, 0.0), cap, mass_G.sum())
-        return {"q_G": torch.where(ready_G, q_G, state["q_G"]), "loss_GT": loss_GT, "seen_GT": seen_GT}
+        return {"q_G": torch.where(ready_G, q_G, state["q_G"]), **followed}
 
-    return Balancer(init, _weigh_by_group(cells), update)
+    return Balancer(lambda: _unmoved(cells), _weigh_by_group(cells), update)
 
 
 def teacher_dropping(*, cells: Cells, p: float = 0.5) -> Balancer:
@@ -182,6 +173,139 @@ def ada_loss(*, cells: Cells, ema: float = 0.1, floor: float = 1e-3) -> Balancer
     return Balancer(init, weigh, update)
 
 
+def static(
+    *, cells: Cells, groups: dict[str, float] | None = None, teachers: dict[str, float] | None = None
+) -> Balancer:
+    """Fixed weights by name, 1 where a group or a teacher is not named: w = a_g·b_t / B.
+
+    Both are relative: a is scaled so that the mean annotated sample under the sampler weighs the neutral 1, b so that
+    the mean teacher does. A sample without annotation has a = 1.
+    State: none that changes; `q_G` = a_g·p_g.
+    Raises ValueError for a name that `cells` does not have, a negative weight, or weights that leave nothing.
+    """
+    share_G = cells.share_G.double()
+    weight_G = _by_name("groups", groups or {}, cells.groups, share_G)
+    teacher_S = share_G.new_ones(int(cells.teacher_T.max()) + 1)
+    weight_S = _by_name("teachers", teachers or {}, cells.teachers, teacher_S / len(teacher_S))
+    weigh_groups = _weigh_by_group(cells)
+
+    def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return weigh_groups(state, table, group_B) * weight_S.to(table.loss_BT.dtype)[cells.teacher_T]
+
+    return Balancer(lambda: {"q_G": share_G * weight_G}, weigh, lambda state, stats: state)
+
+
+def cvar(*, cells: Cells, alpha: float = 0.2, ema: float = 0.1) -> Balancer:
+    """CVaR over groups: the worst of all q with q_g ≤ p_g / α and Σ q = Σ p (topic CVaR, Oren et al. 2019, arXiv
+    1909.02060; α and `ema` as in the code of Sagawa 2020).
+
+    The losses are the moving averages of `group_dro`, and q the exact maximiser of Σ q·ℓ̄: from the largest loss down,
+    each group takes all that it may until the mass is spent. α = 1 is uniform. Training starts uniform; a group absent
+    from a step keeps its weight and the others share theirs.
+    State: as that of `group_dro`.
+    Raises ValueError unless 0 < α ≤ 1 and 0 < ema ≤ 1.
+    """
+    _require("cvar", alpha=(alpha, 0 < alpha <= 1, "in (0, 1]"), ema=(ema, 0 < ema <= 1, "in (0, 1]"))
+    share_G = cells.share_G.double()
+    follow = _following(cells, ema)
+
+    def update(state: State, stats: CellStats) -> State:
+        followed, loss_G, ready_G = follow(state, stats)
+        # A loss that is not finite must reach every weight, not only move its group to an end of the order.
+        mass = torch.where(ready_G, state["q_G"] + 0 * loss_G, 0.0).sum()
+        order_G = torch.where(ready_G, loss_G, -torch.inf).argsort(descending=True, stable=True)
+        most_G = torch.where(ready_G, share_G / alpha, 0.0)[order_G]
+        taken_G = torch.minimum((mass - most_G.cumsum(0) + most_G).clamp(min=0), most_G)
+        q_G = torch.empty_like(taken_G).index_copy(0, order_G, taken_G)
+        return {"q_G": torch.where(ready_G, q_G, state["q_G"]), **followed}
+
+    return Balancer(lambda: _unmoved(cells), _weigh_by_group(cells), update)
+
+
+def agre(*, cells: Cells, biased: str, follow: float = 0.01) -> Balancer:
+    """A teacher counts the more on an image, the more its gradient deviates from that of a `biased` model, one more
+    teacher of the table: W_is = 1 − cos(∇L_is, ∇L_ib), w_is = S_i·W_is / (B·Σ_s W_is) (AGRE-KD, Kenfack et al. 2024,
+    arXiv 2411.14984). It needs no groups.
+
+    L_is is the sum of the teacher's columns, S_i the number of other teachers that the image has: where all deviate
+    alike this is uniform. An image that the biased model does not teach weighs uniform.
+    Adapted: the paper distils logits, and gradients are those of the student's parameters. Here they are taken at the
+    student's summary (`table.trunk_BD`), per image without a backward pass for each; a teacher without a summary column
+    has none, and counts W = 1. The paper gives the biased model no part in the loss. Here that would leave its head as
+    it was initialised, and the gradient through it without meaning, so it weighs `follow` times neutral: enough for a
+    head, as Adam sees no scale, and little for the trunk.
+    Without `trunk_BD`, or without a gradient, the weights of the teachers are not known: NaN.
+    Raises ValueError unless `biased` is a teacher beside others and follow ≥ 0; `weigh` where no loss depends on
+    `trunk_BD`.
+    """
+    _require("agre", follow=(follow, follow >= 0, "≥ 0"))
+    if biased not in cells.teachers or len(cells.teachers) < 2:
+        known = ", ".join(cells.teachers) or "none"
+        raise ValueError(
+            f"balance agre: biased is {biased!r}, expected a teacher that has a loss, beside others ({known})"
+        )
+    bias, teachers = cells.teachers.index(biased), len(cells.teachers)
+
+    def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        loss_BT, valid_BT = table.loss_BT, table.valid_BT
+        zeros_BS = torch.zeros_like(loss_BT[:, :1]).repeat(1, teachers)
+        others_S = torch.arange(teachers, device=loss_BT.device) != bias
+        taught_BS = (zeros_BS.index_add(1, cells.teacher_T, valid_BT.to(zeros_BS)) > 0) & others_S
+        if table.trunk_BD is None or not loss_BT.requires_grad:
+            part_BS = torch.full_like(zeros_BS, torch.nan)
+        else:
+            # Images do not mix, so row i of the gradient of the sum is the gradient of image i.
+            sum_S = zeros_BS.index_add(1, cells.teacher_T, loss_BT.masked_fill(~valid_BT, 0.0)).sum(0)
+            found = [torch.autograd.grad(one, table.trunk_BD, retain_graph=True, allow_unused=True)[0] for one in sum_S]
+            if found[0] is None:
+                raise ValueError("balance agre: no loss depends on the student's summary, where gradients are taken")
+            gradient_SBD = torch.stack(found).float()
+            cosine_SB = torch.cosine_similarity(gradient_SBD, gradient_SBD[bias], dim=-1, eps=1e-30)
+            # Where all agree with the biased model, rounding would decide.
+            weight_BS = (1 - cosine_SB.T).clamp(min=1e-4) * taught_BS
+            part_BS = weight_BS * taught_BS.sum(1, keepdim=True) / weight_BS.sum(1, keepdim=True).clamp(min=1e-4)
+        part_BS = torch.where(others_S, part_BS, follow)
+        return (part_BS / cells.batch).to(loss_BT.dtype)[:, cells.teacher_T]
+
+    return Balancer(dict, weigh, lambda state, stats: state)
+
+
+def _unmoved(cells: Cells) -> State:
+    """The state of a balancer that follows the losses, before the first step: q at the shares, no losses."""
+    share_G = cells.share_G.double()
+    loss_GT = share_G.new_zeros(len(share_G), len(cells.teacher_T))
+    return {"q_G": share_G.clone(), "loss_GT": loss_GT, "seen_GT": torch.zeros_like(loss_GT, dtype=torch.bool)}
+
+
+def _following(cells: Cells, ema: float) -> Callable[[State, CellStats], tuple[State, Tensor, Tensor]]:
+    """(state, stats) → `loss_GT` and `seen_GT` after a step, the loss of each group, and which of them is known.
+
+    The loss is the sum of the columns over the number of teachers of the step that serve the group. It is known where
+    the group was in this step and the moving average of every such teacher has begun.
+    """
+    teachers = int(cells.teacher_T.max()) + 1
+    shape = len(cells.share_G), len(cells.teacher_T)
+    everywhere_GT = torch.ones(shape, dtype=torch.bool, device=cells.share_G.device)
+    served_GT = everywhere_GT if cells.served_GT is None else cells.served_GT
+
+    def follow(state: State, stats: CellStats) -> tuple[State, Tensor, Tensor]:
+        sum_GT, count_GT = stats.sum_GT[:-1], stats.count_GT[:-1]
+        seen_GT, now_GT = state["seen_GT"], count_GT > 0
+        mean_GT = sum_GT / count_GT.clamp(min=1)
+        moved_GT = torch.where(seen_GT, torch.lerp(state["loss_GT"], mean_GT, ema), mean_GT)
+        loss_GT = torch.where(now_GT, moved_GT, state["loss_GT"])
+        seen_GT = seen_GT | now_GT
+        # Only the columns of this step, whose teachers take part, and only groups whose mean over them is known.
+        active_GT = now_GT.any(0) & served_GT
+        zeros_GS = loss_GT.new_zeros(len(loss_GT), teachers)
+        active_GS = zeros_GS.index_add(1, cells.teacher_T, active_GT.to(zeros_GS))
+        loss_G = (loss_GT * active_GT).sum(1) / active_GS.count_nonzero(1).clamp(min=1)
+        ready_G = now_GT.any(1) & (seen_GT | ~active_GT).all(1)
+        return {"loss_GT": loss_GT, "seen_GT": seen_GT}, loss_G, ready_G
+
+    return follow
+
+
 def _weigh_by_group(cells: Cells) -> Callable[..., Tensor]:
     """weigh(): q_g/(p_g·B) from the state's `q_G`, 1/B without annotation or in a group that has no rows."""
     share_G = cells.share_G.double()
@@ -207,6 +331,21 @@ def _capped(q_G: Tensor, share_G: Tensor, cap: float, total: Tensor | None = Non
         scaled_G = torch.where(over_G, cap * share_G, q_G * scale)
         over_G = over_G | (scaled_G > cap * share_G)
     return torch.minimum(scaled_G, cap * share_G)
+
+
+def _by_name(option: str, weights: dict[str, float], names: tuple[str, ...], share_N: Tensor) -> Tensor:
+    """The weight of each name, 1 by default, scaled so that their mean by `share_N` is 1. Raises ValueError."""
+    unknown = [f"{name!r} is not one of {', '.join(names) or 'none'}" for name in weights if name not in names]
+    fine = {name: isinstance(weight, int | float) and 0 <= weight < math.inf for name, weight in weights.items()}
+    wrong = [f"{name} is {weights[name]!r}, expected a number ≥ 0" for name in weights if not fine[name]]
+    if unknown or wrong:
+        raise ValueError(f"balance static: {option}: {'; '.join(unknown + wrong)}")
+    given = [float(weights.get(name, 1.0)) for name in names]
+    weight_N = torch.tensor(given, dtype=torch.float64, device=share_N.device) if weights else torch.ones_like(share_N)
+    mass = (share_N * weight_N).sum()
+    if not mass > 0:
+        raise ValueError(f"balance static: {option}: every weight is 0, nothing would be learned")
+    return weight_N * share_N.sum() / mass
 
 
 def _require(kind: str, **options: tuple[float, bool, str]) -> None:

@@ -221,3 +221,40 @@ def table(
 def objective(table: LossTable, w_BT: Tensor) -> Tensor:
     """Σ w·loss over the valid cells. Invalid cells keep their path, with a zero gradient."""
     return (w_BT.masked_fill(~table.valid_BT, 0.0) * table.loss_BT).sum()
+
+
+def mfd(
+    student_BD: Tensor, teacher_BD: Tensor, label_B: Tensor, group_B: Tensor, groups: int, classes: int = 2
+) -> Tensor:
+    """½·Σ_c Σ_g MMD²(teacher | y = c; student | y = c, group g): among images of a class, the student's features of
+    each group should be spread as the teacher's of all (MFD, Jung et al., CVPR 2021, arXiv 2106.04411). A scalar.
+
+    RBF kernel exp(−‖a − b‖² / 2σ²), σ² the mean squared distance from teacher to student, a constant to the gradient;
+    MMD² with the pairs of an image and itself, so never negative (as in the authors' code). `label_B` is 0 to
+    `classes` − 1, or anything else, such as NaN, where unknown: such an image takes no part, whatever its features.
+    One of group −1 is among the teacher's of all. A cell without images counts nothing.
+    """
+    class_CB = label_B == torch.arange(classes, device=label_B.device)[:, None]
+    x_BD, y_BD = (_keep(z_BD.float(), class_CB.any(0)) for z_BD in (student_BD, teacher_BD.detach()))
+    member_CB = class_CB.to(x_BD)
+    inside_GB = (group_B == torch.arange(groups, device=group_B.device)[:, None]).to(x_BD)
+    cell_CGB = member_CB[:, None] * inside_GB
+    count_CG = cell_CGB.sum(-1)
+    of_class_CB = member_CB / member_CB.sum(-1, keepdim=True).clamp(min=1)
+    of_cell_CGB = cell_CGB / count_CG[..., None].clamp(min=1)
+    known_B = member_CB.sum(0)
+    apart_BB = _apart(y_BD, x_BD)
+    variance = (known_B @ apart_BB.detach() @ known_B) / known_B.sum().square().clamp(min=1)
+
+    def kernel(apart_BB: Tensor) -> Tensor:
+        return torch.exp(-apart_BB / (2 * variance.clamp(min=EPSILON**2)))
+
+    teacher_C = torch.einsum("cb,bd,cd->c", of_class_CB, kernel(_apart(y_BD, y_BD)), of_class_CB)
+    student_CG = torch.einsum("cgb,bd,cgd->cg", of_cell_CGB, kernel(_apart(x_BD, x_BD)), of_cell_CGB)
+    between_CG = torch.einsum("cb,bd,cgd->cg", of_class_CB, kernel(apart_BB), of_cell_CGB)
+    return torch.where(count_CG > 0, teacher_C[:, None] + student_CG - 2 * between_CG, 0.0).sum() / 2
+
+
+def _apart(x_BD: Tensor, y_BD: Tensor) -> Tensor:
+    """Squared distances of all pairs."""
+    return (x_BD.square().sum(-1)[:, None] + y_BD.square().sum(-1) - 2 * x_BD @ y_BD.mT).clamp(min=0)

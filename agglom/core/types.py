@@ -17,7 +17,8 @@ class Batch(NamedTuple):
     """Images on their way to the student and its teachers.
 
     `pixels_BCHW` lies in [0, 1]; `row_B` indexes the manifest; `view_B` seeds the augmentation (−1: none);
-    `group_B` is the group id (−1: not annotated); `label_BL` holds 0, 1 or NaN (unknown).
+    `group_B` is the group id (−1: not annotated); `label_BL` holds 0, 1 or NaN (unknown). `student_BCHW` is what the
+    student sees where that is not what its teachers see.
     """
 
     pixels_BCHW: Tensor
@@ -25,6 +26,7 @@ class Batch(NamedTuple):
     view_B: Tensor
     group_B: Tensor
     label_BL: Tensor | None = None
+    student_BCHW: Tensor | None = None
 
 
 class Features(NamedTuple):
@@ -156,11 +158,15 @@ class Student:
 class LossTable(NamedTuple):
     """The waist: the loss of each sample under each column (teacher, kind), before any weighting.
 
-    `loss_BT` is finite where `valid_BT` is true; invalid cells weigh nothing and carry no gradient.
+    `loss_BT` is finite where `valid_BT` is true; invalid cells weigh nothing and carry no gradient. For balancers that
+    weigh a sample by more than its losses: who the samples are, `row_B` of the manifest, and the student's summary of
+    each, `trunk_BD`, from which the losses were computed.
     """
 
     loss_BT: Tensor
     valid_BT: Tensor
+    row_B: Tensor | None = None
+    trunk_BD: Tensor | None = None
 
 
 class CellStats(NamedTuple):

@@ -13,10 +13,11 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
 from agglom.core.types import Batch
+from agglom.data.acquisition import simulated
 from agglom.data.manifest import Manifest
 from agglom.data.readers import decode
 from agglom.errors import DataError
-from agglom.job import Augment, Size
+from agglom.job import Augment, Size, Views
 
 Sample = tuple[int, int, Size]
 
@@ -29,7 +30,8 @@ class ImageDataset(Dataset[Batch]):
     """The images of `rows` of the manifest.
 
     Indexed by (manifest row, view, (height, width)); view −1 is the whole image, resized without crop, whatever
-    `augment` says. `group_N` holds the group id of every row of the manifest, −1 where it is not annotated.
+    `augment` says. `group_N` holds the group id of every row of the manifest, −1 where it is not annotated. With
+    `views` the student has pixels of its own, which are those of its teachers where nothing is simulated.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class ImageDataset(Dataset[Batch]):
         group_N: Tensor | np.ndarray,
         seed: int,
         value_range: tuple[float, float] | None = None,
+        views: Views | None = None,
     ) -> None:
         self.manifest = manifest
         self.rows = rows
@@ -48,6 +51,9 @@ class ImageDataset(Dataset[Batch]):
         self.label_NL = torch.as_tensor(manifest.label_NL) if manifest.labels else None
         self.seed = seed
         self.value_range = value_range
+        self.views = views
+        eligible = [manifest.among(name, groups) for name, groups in views.groups.items()] if views else []
+        self.eligible_N = np.logical_or.reduce(eligible) if eligible else np.ones(len(manifest), bool)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,18 +79,27 @@ class ImageDataset(Dataset[Batch]):
             torch.tensor(view),
             self.group_N[row],
             None if self.label_NL is None else self.label_NL[row],
+            None if self.views is None else self._seen(pixels_CHW, self.views, row, view).expand(3, -1, -1),
         )
+
+    def _seen(self, pixels_CHW: Tensor, views: Views, row: int, view: int) -> Tensor:
+        # Numbers of its own, so that the crops are those of a run without views.
+        rng = random.Random(f"{self.seed}/acquisition/{row}/{view}")
+        if view == CLEAN or not self.eligible_N[row] or rng.random() >= views.share:
+            return pixels_CHW
+        return simulated(pixels_CHW, views.kinds, rng)
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
     """Samples of `ImageDataset` as one Batch."""
-    pixels, row, view, group, label = zip(*samples, strict=True)
+    pixels, row, view, group, label, student = zip(*samples, strict=True)
     return Batch(
         torch.stack(pixels),
         torch.stack(row),
         torch.stack(view),
         torch.stack(group),
         None if label[0] is None else torch.stack(label),
+        None if student[0] is None else torch.stack(student),
     )
 
 

@@ -97,20 +97,28 @@ def watch(monkeypatch):
 
 
 AT_LOG_POINTS = (train, "_assert_finite"), (progress, "log"), (checkpoints, "save")
-BALANCERS = {
-    "group_dro": {},
-    "teacher_dropping": {"balance": {"kind": "teacher_dropping"}},
-    "ada_loss": {"balance": {"kind": "ada_loss"}},
-}
 BUSY = {
     "optim.accumulate": 2,
     "teachers.two.micro_batch": 3,
     "teachers.local": {"kind": "specialist", "source": "one", "options": {"attribute": "device", "groups": ["A"]}},
     "loss": {"summary": "unic", "patches": "hybrid", "refit": "stage", "moments_by": "device", "shift": 1},
 }
+BALANCERS = {
+    "group_dro": {},
+    "teacher_dropping": {"balance": {"kind": "teacher_dropping"}},
+    "ada_loss": {"balance": {"kind": "ada_loss"}},
+    "cvar": {"balance.kind": "cvar", "balance.options": {}},
+    "agre": {
+        "data.labels": ["even"],
+        "evaluate.permutations": 0,
+        "balance": {"kind": "agre", "group": "device", "resample": 0.5, "options": {"biased": "two"}},
+        "loss": BUSY["loss"] | {"mfd": {"label": "even"}},
+    },
+}
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ada_loss", "cvar")]
 
 
-@pytest.mark.parametrize("kind", ["group_dro", "teacher_dropping", pytest.param("ada_loss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["group_dro", "teacher_dropping", "agre", *SLOW])
 def test_no_step_waits_for_a_value(lab, watch, monkeypatch, kind):
     whole = train.train
 
@@ -121,8 +129,9 @@ def test_no_step_waits_for_a_value(lab, watch, monkeypatch, kind):
         return state
 
     monkeypatch.setattr(train, "train", watched)
-    stages = [stage | {"length": "2 steps"} for stage in lab.job()["stages"]]
-    lab.run("out", BALANCERS[kind] | BUSY | {"stages": stages})
+    views = {"kinds": {"blur": 1.0, "inversion": 1.0}, "groups": {"device": ["A"]}}
+    stages = [stage | {"length": "2 steps", "views": views} for stage in lab.job()["stages"]]
+    lab.run("out", BUSY | BALANCERS[kind] | {"stages": stages})
     assert watch.steps == 4
     assert watch.found == []
 
@@ -173,4 +182,4 @@ def test_no_step_waits_for_an_accelerator(lab, monkeypatch, kind):
     for name in ("__call__", "backward", "step"):  # what DeepSpeed does in them is its own affair
         monkeypatch.setattr(Engine, name, switched(getattr(Engine, name), allowed, refused))
     monkeypatch.setattr(train, "train", switched(train.train, allowed, allowed))
-    lab.run("out", BALANCERS[kind] | BUSY)
+    lab.run("out", BUSY | BALANCERS[kind])

@@ -75,7 +75,7 @@ def test_scalars_are_those_of_yaml_1_2(write):
     assert job.data.attributes["sex"].missing == ("no", "12:30", "2020-01-01", "")
 
 
-@pytest.mark.parametrize("kind", ["uniform", "teacher_dropping", "ada_loss"])
+@pytest.mark.parametrize("kind", ["uniform", "teacher_dropping", "ada_loss", "static"])
 def test_what_weighs_teachers_needs_no_group(good, kind):
     job, _ = config.load(good, [f"balance.kind={kind}"])
     assert job.balance.group is None
@@ -206,6 +206,44 @@ WRONG = {
     "moments by": ("loss.moments_by=sx", "loss.moments_by: 'sx' is not one of the attributes"),
     "shift of nothing": ("loss={shift: 2, patches_weight: 0}", "loss.shift: compares patches, and patches_weight is 0"),
     "balancer without group": ("balance.kind=group_dro", "kind 'group_dro' weighs groups; name an attribute"),
+    "static weight of a stranger": (
+        "balance={kind: static, options: {teachers: {dinov3: 2}}}",
+        "balance.options.teachers: 'dinov3' is not one of the teachers: dinov2, erased; did you mean 'dinov2'?",
+    ),
+    "static weight of nothing": (
+        "balance={kind: static, options: {groups: {F: 2}}}",
+        "balance.group: the options weigh groups; name their attribute",
+    ),
+    "biased stranger": ("balance={kind: agre, options: {biased: dino}}", "balance.options.biased: 'dino' is not one"),
+    "no biased model": ("balance={kind: agre}", "balance.options: key 'biased' (str) is missing"),
+    "agre in ZeRO 3": (
+        ["balance={kind: agre, options: {biased: erased}}", "engine.zero=3"],
+        "engine.zero: balance.kind agre takes gradients within a step, which ZeRO 3 cannot; set 0, 1 or 2",
+    ),
+    "agre of class tokens": (
+        ["balance={kind: agre, options: {biased: erased}}", "heads.tokens=own", "student.options.class_tokens=2"],
+        "heads.tokens: balance.kind agre takes gradients at the summary that all heads read; set shared",
+    ),
+    "agre of patches": (
+        ["balance={kind: agre, options: {biased: erased}}", "loss.summary_weight=0"],
+        "loss.summary_weight: is 0, and balance.kind agre takes the gradients of summary losses",
+    ),
+    "resampled by nothing": ("balance.resample=.5", "balance.resample: draws images by their group; name an attribute"),
+    "resampled too much": (["balance.group=sex", "balance.resample=1.5"], "balance.resample: must be at most 1"),
+    "label of MFD": (
+        ["balance.group=sex", "loss.mfd={label: il}"],
+        "loss.mfd.label: 'il' is not one of the labels under data.labels: ill; did you mean 'ill'?",
+    ),
+    "teacher of MFD": (
+        ["balance.group=sex", "loss.mfd={label: ill, teacher: x}"],
+        "loss.mfd.teacher: 'x' is not one of the teachers: dinov2, erased",
+    ),
+    "MFD without groups": ("loss.mfd={label: ill}", "loss.mfd: compares groups with all; name an attribute under"),
+    "MFD of patches": (
+        ["balance.group=sex", "loss={mfd: {label: ill}, summary_weight: 0}"],
+        "loss.mfd: compares summaries, and loss.summary_weight is 0; set mfd to null",
+    ),
+    "MFD of a label": (["balance.group=sex", "loss.mfd={}"], "loss.mfd: key 'label' is missing"),
     "no bins": (
         "data.attributes.age.bins=[]",
         "data.attributes.age.bins: a continuous attribute needs increasing edges",
@@ -248,7 +286,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_value(good, case):
     override, expected = WRONG[case]
-    text = message(good, override)
+    text = message(good, *([override] if isinstance(override, str) else override))
     assert expected in text
     # One mistake is one problem; a needless source of the erased teacher's own source is a cycle of both, too.
     count = "3 problems" if case == "needless source" else "1 problem"

@@ -56,6 +56,17 @@ def test_calibration_is_that_of_scikit_learn(drawn):
     assert sum(one["n"] for one in table) == 400
 
 
+def test_a_weight_that_was_not_known_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": i, "stage": "full", "weight/a/F": known, "weight/b/F": None} for i, known in ((1, None), (2, 3.0))
+    ]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    found = curves.of_weights(path, "sex", ["full"])
+    assert found["stages"] == [{"stage": "full", "weight": [[3.0, None]]}]
+    assert found["path"]["weight"] == [[None], [3.0]]
+
+
 def test_weights_of_a_journal(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [

@@ -7,7 +7,12 @@ import torch
 import torch.distributed as dist
 
 from agglom import engine
+from agglom.core.balance import Cells, agre
+from agglom.core.heads import Distiller
+from agglom.core.losses import columns, objective, table, teacher_index
+from agglom.core.types import Dims, Features
 from agglom.errors import DataError
+from agglom.job import Data, Engine, Job, Optim, Stage
 
 KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -80,3 +85,47 @@ def test_no_compiler_is_run(monkeypatch):
     monkeypatch.setattr("subprocess.Popen.__init__", refuse)
     with engine.launched():
         dist.all_reduce(torch.ones(2))
+
+
+class Trunk(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(12, 4)
+
+    def forward(self, pixels_BCHW):
+        return Features(torch.tanh(self.linear(pixels_BCHW.flatten(1))), None)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_gradients_within_a_step_leave_those_of_the_step_alone(zero, monkeypatch):
+    """Beside a biased model that weighs neutral, a lone teacher does, too: what is learnt is what uniform weights
+    teach, over accumulation steps, whatever gradients were taken to find that out."""
+    for key in KEYS:
+        monkeypatch.delenv(key, raising=False)
+    dims, stages = {"biased": Dims(3, None), "two": Dims(5, None)}, (Stage(name="one", length="1 steps"),)
+    optim, settings = Optim(batch=8, accumulate=2), Engine(zero=zero)
+    job = Job(data=Data(manifest=""), teachers={}, stages=stages, optim=optim, engine=settings)
+    kinds = columns(dims, {})
+    cells = Cells(torch.ones(1), teacher_index(kinds), 8, teachers=tuple(dims))
+    balancer, generator = agre(cells=cells, biased="biased", follow=1.0), torch.Generator().manual_seed(0)
+    pixels = torch.rand(6, 4, 3, 2, 2, generator=generator)
+    targets = {name: torch.randn(6, 4, one.summary, generator=generator) for name, one in dims.items()}
+
+    def learnt(balanced):
+        torch.manual_seed(0)
+        with engine.launched() as world:
+            student = engine.Engine(Distiller(Trunk(), Dims(4, None), dims, hidden=8, depth=1), job, world)
+            for step, pixels_BCHW in enumerate(pixels):
+                trunk, predicted = student(pixels_BCHW)
+                wanted = {name: Features(target[step], None) for name, target in targets.items()}
+                found = table(kinds, predicted, wanted, set(dims), summary="mse", patches="mse", dispersion={})
+                found = found._replace(trunk_BD=trunk.summary_BD)
+                weight_BT = torch.full((4, 2), 1 / 8)
+                if balanced:
+                    asked_BT, weight_BT = weight_BT, balancer.weigh({}, found, None)
+                    torch.testing.assert_close(weight_BT, asked_BT)
+                student.backward(objective(found, weight_BT))
+                student.step(1e-2, 1.0)
+            return student.weights()
+
+    torch.testing.assert_close(learnt(balanced=True), learnt(balanced=False), rtol=1e-6, atol=1e-7)

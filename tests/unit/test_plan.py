@@ -10,7 +10,21 @@ from agglom import plan
 from agglom.core import groups
 from agglom.data.manifest import Manifest
 from agglom.errors import ConfigError
-from agglom.job import Attribute, Balance, Data, Evaluate, Job, Log, Optim, Splits, Stage, StudentSpec, TeacherSpec
+from agglom.job import (
+    Attribute,
+    Balance,
+    Data,
+    Evaluate,
+    Job,
+    Log,
+    Loss,
+    Mfd,
+    Optim,
+    Splits,
+    Stage,
+    StudentSpec,
+    TeacherSpec,
+)
 
 SPLIT = ["train"] * 6 + ["val"] * 2 + ["test"] * 4
 SEX = ("F", "M", "F", None, "F", "M", "F", "M", "F", "F", None, "F")
@@ -157,6 +171,15 @@ def test_warnings_where_things_are_absent(job, manifest):
     assert "data.groups is empty" in warnings
     assert "balance.group: no train image of sex*view F|PA, M|AP; no weight can help there" in warnings
     assert "optim.batch 16 exceeds the 6 train images" in warnings
+
+
+def test_what_is_done_for_the_groups_is_told(job, manifest):
+    balance = Balance(kind="cvar", group="sex", resample=0.25)
+    changed = replace(job, balance=balance, loss=Loss(mfd=Mfd(label="ill", weight=3)))
+    text = plan.render(plan.resolve(changed, Path(), 1, manifest), changed, manifest)
+    assert "- weights: cvar over sex\n" in text
+    assert "- images: drawn with replacement, a group of share p with one ∝ p^0.75\n" in text
+    assert "- MFD of ill over sex: 3 × that of the summaries of all teachers\n" in text
 
 
 def test_render(job, manifest):

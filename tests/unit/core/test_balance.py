@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -5,8 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
-from agglom.core.balance import Cells, ada_loss, group_dro, inverse_frequency, teacher_dropping, uniform
+from agglom.core.balance import (
+    Cells,
+    ada_loss,
+    agre,
+    cvar,
+    group_dro,
+    inverse_frequency,
+    static,
+    teacher_dropping,
+    uniform,
+)
 from agglom.core.groups import tally
 from agglom.core.losses import objective
 from agglom.core.types import CellStats, LossTable
@@ -16,7 +28,7 @@ TEACHERS = torch.tensor([0, 0, 1])
 
 
 def cells(share=SHARES, batch=20, rows=0):
-    return Cells(share, TEACHERS, batch, rows)
+    return Cells(share, TEACHERS, batch, rows, groups=("A", "B", "C")[: len(share)], teachers=("one", "two"))
 
 
 def full_table(rows=20, columns=3):
@@ -36,6 +48,8 @@ def balancers():
         "inverse": inverse_frequency(cells=cells()),
         "capped": inverse_frequency(cells=cells(), power=2.0, cap=1.5),
         "dro": group_dro(cells=cells(), eta=1.0),
+        "cvar": cvar(cells=cells(), alpha=0.4),
+        "static": static(cells=cells(), groups={"B": 2.0, "C": 0.0}),
         "dropping nobody": teacher_dropping(cells=cells(), p=0.0),
     }.items():
         state = balancer.init()
@@ -45,12 +59,14 @@ def balancers():
     return state_of
 
 
-@pytest.mark.parametrize("name", ["uniform", "dro at the start", "power 0"])
+@pytest.mark.parametrize("name", ["uniform", "dro at the start", "power 0", "cvar at the start", "static"])
 def test_uniform_equals_no_balancer_bit_for_bit(name):
     balancer = {
         "uniform": uniform(cells=cells()),
         "dro at the start": group_dro(cells=cells()),
         "power 0": inverse_frequency(cells=cells(), power=0.0),
+        "cvar at the start": cvar(cells=cells()),
+        "static": static(cells=cells()),
     }[name]
     table, group_B = full_table(), torch.randint(-1, 3, (20,))
     w_BT = balancer.weigh(balancer.init(), table, group_B, None)
@@ -143,12 +159,12 @@ def test_group_dro_agrees_with_the_paper(seed, eta, ema, adjustment):
     np.testing.assert_allclose(w_BT[:, 0], reference.q / SHARES.numpy() / 20, rtol=1e-6)
 
 
-def test_a_group_absent_from_a_step_keeps_its_weight():
-    balancer = group_dro(cells=cells(), eta=1.0)
-    state = balancer.update(balancer.init(), stats(np.random.rand(3, 3), np.ones((3, 3))))
-    count_GT = np.ones((3, 3))
+@pytest.mark.parametrize("balancer", [group_dro(cells=cells(), eta=1.0), cvar(cells=cells(), alpha=0.9, ema=1.0)])
+def test_a_group_absent_from_a_step_keeps_its_weight(balancer):
+    rising, count_GT = np.array([[0.1] * 3, [0.5] * 3, [0.9] * 3]), np.ones((3, 3))
+    state = balancer.update(balancer.init(), stats(rising, count_GT))
     count_GT[1] = 0
-    after = balancer.update(state, stats(np.random.rand(3, 3), count_GT))
+    after = balancer.update(state, stats(rising[::-1], count_GT))
     assert after["q_G"][1] == state["q_G"][1]
     assert torch.equal(after["loss_GT"][1], state["loss_GT"][1])
     assert after["q_G"][0] != state["q_G"][0]
@@ -168,6 +184,123 @@ def test_a_teacher_that_is_not_in_this_stage_does_not_count():
     assert balancer.update(state, stats(loss_GT, both))["seen_GT"].all()
 
 
+def test_the_generalisation_adjustment_counts_rows_not_draws():
+    """A sampler that draws group 2 as often as group 1 leaves it as few rows as it has."""
+    even, rows = torch.tensor([0.6, 0.15, 0.15]), torch.tensor([600.0, 250, 50])
+    balancer = group_dro(cells=replace(cells(even, rows=1000), count_G=rows), eta=1.0, adjustment=3.0)
+    state = balancer.update(balancer.init(), stats(np.zeros((3, 3)), np.ones((3, 3))))
+    expected = even * (3 / rows.sqrt()).exp()
+    torch.testing.assert_close(state["q_G"], (expected * 0.9 / expected.sum()).double(), rtol=1e-6, atol=0)
+
+
+def ref_worst(loss_G, share_G, alpha):
+    """The maximum of Σ q·ℓ under q ≤ p / α and Σ q = Σ p, by linear programming."""
+    bounds = [(0, share / alpha) for share in share_G]
+    return -linprog(-loss_G, A_eq=np.ones((1, len(loss_G))), b_eq=[share_G.sum()], bounds=bounds).fun
+
+
+@given(st.integers(0, 2**31), st.floats(0.05, 1), st.floats(0.01, 1))
+@settings(max_examples=40, deadline=None)
+def test_cvar_is_the_worst_mixture_of_groups(seed, alpha, ema):
+    rng = np.random.default_rng(seed)
+    balancer, share = cvar(cells=cells(), alpha=alpha, ema=ema), SHARES.numpy()
+    state, average = balancer.init(), None
+    for _ in range(4):
+        loss_GT, count_GT = rng.random((3, 3)), rng.integers(1, 9, (3, 3)).astype(float)
+        average = loss_GT if average is None else (1 - ema) * average + ema * loss_GT
+        state = balancer.update(state, stats(loss_GT, count_GT))
+        q, loss_G = state["q_G"].numpy(), average.sum(1) / 2
+        assert q @ loss_G == pytest.approx(ref_worst(loss_G, share, alpha), rel=1e-9)
+        assert q.sum() == pytest.approx(share.sum())
+        assert (q >= 0).all()
+        assert (q <= share / alpha * (1 + 1e-12)).all()
+
+
+def test_cvar_spends_the_mass_of_those_who_are_there():
+    """Without group 0: the worse of the others takes all that it may, the rest is left to the other."""
+    balancer, count = cvar(cells=cells(), alpha=0.5, ema=1.0), np.ones((3, 3))
+    count[0] = 0
+    state = balancer.update(balancer.init(), stats(np.array([[9.0] * 3, [0.1] * 3, [0.2] * 3]), count))
+    np.testing.assert_allclose(state["q_G"], [0.6, 0.2, 0.1], atol=1e-12)
+
+
+def test_static_weights_are_relative_and_leave_the_mean_neutral():
+    balancer = static(cells=cells(), groups={"B": 3, "C": 0}, teachers={"two": 0.5})
+    group_B = torch.tensor([0, 1, 2, -1])
+    found_BT = balancer.weigh(balancer.init(), full_table(4), group_B).double().numpy() * 20
+    mean = (0.6 * 1 + 0.25 * 3) / 0.9
+    expected = np.outer([1 / mean, 3 / mean, 0, 1], np.array([1, 1, 0.5]) / 0.75)
+    np.testing.assert_allclose(found_BT, expected, rtol=1e-6)
+    by_group = found_BT[:, [0, 2]].mean(1)
+    assert SHARES.numpy() @ by_group[:3] / 0.9 == pytest.approx(1)
+    assert by_group[3] == pytest.approx(1)
+
+
+def deviating(seed=0, rows=20):
+    """Losses of three teachers, in columns 0 and 1, 2, and 3, that a student's summary and a weight lead to."""
+    generator = torch.Generator().manual_seed(seed)
+    trunk_BD = torch.randn(rows, 5, generator=generator, requires_grad=True)
+    head_TDD = torch.randn(4, 5, 6, generator=generator, requires_grad=True)
+    target_TBD = torch.randn(4, rows, 6, generator=generator)
+    loss_TB = (torch.tanh(torch.einsum("bd,tde->tbe", trunk_BD, head_TDD)) - target_TBD).square().mean(-1)
+    valid_BT = torch.rand(rows, 4, generator=generator) < 0.7
+    valid_BT[:, 0] |= ~valid_BT[:, :3].any(1)
+    table = LossTable(loss_TB.T.masked_fill(~valid_BT, 0.0), valid_BT, torch.arange(rows), trunk_BD)
+    return table, head_TDD, target_TBD
+
+
+def three():
+    return Cells(SHARES, torch.tensor([0, 0, 1, 2]), 20, teachers=("one", "two", "biased"))
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_agre_weighs_by_what_deviates_from_the_biased_model(seed):
+    """Gradients by hand in float64, image by image: of mean((tanh(xH) − y)²) with respect to x."""
+    table, head, target = deviating(seed)
+    found_BT = agre(cells=three(), biased="biased").weigh({}, table, None).numpy()
+    x, head, target = (part.detach().double().numpy() for part in (table.trunk_BD, head, target))
+    for i, valid_T in enumerate(table.valid_BT.tolist()):
+        z = [np.tanh(x[i] @ head[t]) for t in range(4)]
+        gradient = [head[t] @ (2 / 6 * (z[t] - target[t, i]) * (1 - z[t] ** 2)) * valid_T[t] for t in range(4)]
+        one, two, biased = gradient[0] + gradient[1], gradient[2], gradient[3]
+        weights = {}
+        for name, mine, taught in (("one", one, valid_T[0] or valid_T[1]), ("two", two, valid_T[2])):
+            norms = np.linalg.norm(mine) * np.linalg.norm(biased)
+            if taught:
+                weights[name] = 1 - (mine @ biased / norms if norms else 0.0)
+        scale = len(weights) / sum(weights.values()) / 20
+        expected = [weights.get(name, 0.0) * scale for name in ("one", "one", "two")]
+        np.testing.assert_allclose(found_BT[i], [*expected, 0.01 / 20], rtol=1e-3, atol=1e-6)
+
+
+def test_agre_weighs_an_image_whoever_is_beside_it_and_leaves_no_gradient():
+    table, head, _ = deviating()
+    balancer = agre(cells=three(), biased="biased", follow=0.0)
+    w_BT = balancer.weigh({}, table, None)
+    assert not w_BT.requires_grad
+    assert head.grad is table.trunk_BD.grad is None
+    alone = table._replace(valid_BT=table.valid_BT & (torch.arange(20) < 7)[:, None])
+    torch.testing.assert_close(balancer.weigh({}, alone, None)[:7], w_BT[:7])
+    assert w_BT[:, 3].eq(0).all()
+    objective(table, w_BT).backward()
+    assert head.grad[3].eq(0).all()
+    assert head.grad[:3].ne(0).any()
+
+
+def test_agre_where_all_agree_or_nothing_is_known():
+    table, *_ = deviating()
+    balancer = agre(cells=three(), biased="biased")
+    agreed_BT = table.loss_BT[:, :1] * torch.tensor([1.0, 1.0, 2.0, 3.0])
+    same = LossTable(agreed_BT, torch.ones(20, 4, dtype=torch.bool), None, table.trunk_BD)
+    np.testing.assert_allclose(balancer.weigh({}, same, None) * 20, [[1, 1, 1, 0.01]] * 20, rtol=1e-2)
+    for unknown in (table._replace(trunk_BD=None), table._replace(loss_BT=table.loss_BT.detach())):
+        assert balancer.weigh({}, unknown, None).isnan().tolist() == [[True, True, True, False]] * 20
+    elsewhere = table._replace(trunk_BD=torch.ones(20, 5, requires_grad=True))
+    with pytest.raises(ValueError, match="no loss depends on the student's summary"):
+        balancer.weigh({}, elsewhere, None)
+
+
 def test_the_worst_group_rises_to_its_cap():
     balancer = group_dro(cells=cells(), eta=1.0, cap=3.0)
     state = balancer.init()
@@ -176,11 +309,11 @@ def test_the_worst_group_rises_to_its_cap():
     np.testing.assert_allclose(state["q_G"], [0.0, 0.75, 0.15], atol=1e-9)
 
 
-@pytest.mark.parametrize(("make", "key"), [(group_dro, "q_G"), (ada_loss, "loss_S")])
+@pytest.mark.parametrize(("make", "key"), [(group_dro, "q_G"), (cvar, "q_G"), (ada_loss, "loss_S")])
 def test_one_rank_equals_two_ranks_with_accumulation(make, key):
     balancer = make(cells=cells())
     table, group_B = full_table(), torch.randint(-1, 3, (20,))
-    whole = tally(group_B, *table, 3)
+    whole = tally(group_B, *table[:2], 3)
     parts = [tally(group_B[s], table.loss_BT[s], table.valid_BT[s], 3) for s in torch.arange(20).split([3, 7, 5, 5])]
     summed = CellStats(sum(p.sum_GT for p in parts), sum(p.count_GT for p in parts))
     one, two = (balancer.update(balancer.init(), each) for each in (whole, summed))
@@ -201,8 +334,8 @@ def test_state_survives_saving_and_update_does_not_change_its_input(name, tmp_pa
     assert all(torch.equal(state[key], loaded[key]) for key in state)
 
 
-def test_a_loss_that_is_not_finite_is_not_hidden():
-    balancer = group_dro(cells=cells())
+@pytest.mark.parametrize("balancer", [group_dro(cells=cells()), cvar(cells=cells())])
+def test_a_loss_that_is_not_finite_is_not_hidden(balancer):
     loss_GT = np.ones((3, 3))
     loss_GT[1, 1] = np.nan
     assert balancer.update(balancer.init(), stats(loss_GT, np.ones((3, 3))))["q_G"].isnan().all()
@@ -218,7 +351,7 @@ def taught(seed=0, rows=20):
 
 def ref_kept(table):
     """By sample: the teachers that it has, and the one with the largest loss, in plain Python."""
-    for loss_T, valid_T in zip(*(part.tolist() for part in table), strict=True):
+    for loss_T, valid_T in zip(*(part.tolist() for part in table[:2]), strict=True):
         loss_of = {}
         for teacher, loss, valid in zip(TEACHERS.tolist(), loss_T, valid_T, strict=True):
             if valid:
@@ -262,7 +395,7 @@ def test_dropping_draws_the_same_for_a_step_whatever_its_micro_batches(parts):
     balancer, table = teacher_dropping(cells=cells(), p=0.5), taught()
     whole_BT = balancer.weigh({}, table, None, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
-    pieces = (LossTable(*one) for one in zip(*(part.split(parts) for part in table), strict=True))
+    pieces = (LossTable(*one) for one in zip(*(part.split(parts) for part in table[:2]), strict=True))
     assert torch.equal(torch.cat([balancer.weigh({}, one, None, generator) for one in pieces]), whole_BT)
 
 
@@ -319,6 +452,16 @@ def test_ada_loss_counts_those_without_annotation_and_forgets_no_teacher():
         (teacher_dropping, {"p": 1.5}, r"p is 1.5, expected in \[0, 1\]"),
         (ada_loss, {"ema": 0.0, "floor": 0.0}, r"ema is 0.0, expected in \(0, 1\]; floor is 0.0, expected > 0"),
         (group_dro, {"adjustment": 1.0}, "adjustment is 1.0, expected ≥ 0, with cells.rows > 0"),
+        (cvar, {"alpha": 0.0, "ema": 2.0}, r"alpha is 0.0, expected in \(0, 1\]; ema is 2.0"),
+        (agre, {"biased": "three"}, r"biased is 'three', expected a teacher that has a loss, .* \(one, two\)"),
+        (agre, {"biased": "one", "follow": -1.0}, "follow is -1.0, expected ≥ 0"),
+        (static, {"groups": {"D": 1.0, "A": -1}}, "groups: 'D' is not one of A, B, C; A is -1, expected a number ≥ 0"),
+        (
+            static,
+            {"teachers": {"one": math.nan, "two": "3"}},
+            "teachers: one is nan, .*; two is '3', expected a number",
+        ),
+        (static, {"teachers": {"one": 0, "two": 0}}, "teachers: every weight is 0"),
     ],
 )
 def test_options_out_of_range_are_refused(make, options, message):

@@ -17,6 +17,7 @@ from agglom.core.losses import (
     Column,
     angle,
     columns,
+    mfd,
     objective,
     overlap,
     table,
@@ -286,3 +287,54 @@ def test_a_pair_that_moves_with_the_image_has_the_loss_of_the_whole_on_the_overl
 def test_windows_that_cannot_be_compared_are_refused(grid, shift, message):
     with pytest.raises(ValueError, match=message):
         overlap(Features(None, torch.zeros(1, grid[0] * grid[1], 2), grid), shift, (2, 2))
+
+
+def ref_mfd(student, teacher, label, group, groups):
+    """½·Σ_c Σ_g MMD² by loops over pairs, after the formula of the paper."""
+    known = np.isin(label, (0, 1))
+    variance = np.mean([((t - s) ** 2).sum() for t in teacher[known] for s in student[known]])
+
+    def mean_kernel(a, b):
+        return np.mean([np.exp(-((x - y) ** 2).sum() / (2 * variance)) for x in a for y in b])
+
+    total = 0.0
+    for c in (0, 1):
+        for g in range(groups):
+            t, s = teacher[label == c], student[(label == c) & (group == g)]
+            if len(s):
+                total += mean_kernel(t, t) + mean_kernel(s, s) - 2 * mean_kernel(t, s)
+    return total / 2
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_mfd_is_the_conditional_mmd_of_the_paper(seed):
+    rng = np.random.default_rng(seed)
+    student, teacher = rng.normal(size=(2, 14, 5))
+    label, group = rng.choice([0, 1, NAN], 14, p=[0.5, 0.3, 0.2]), rng.integers(-1, 3, 14)
+    label[0] = 1
+    teacher[np.isnan(label)] = NAN  # a specialist has nothing to say of those whom it does not serve
+    found = mfd(*(torch.from_numpy(part) for part in (student, teacher, label, group)), groups=3)
+    assert float(found) == pytest.approx(ref_mfd(student, teacher, label, group, 3), rel=1e-4, abs=1e-5)
+
+
+def test_mfd_pulls_a_group_to_the_class_and_leaves_all_others():
+    """Group 1 of class 0 is off; those of class 1 that are the teacher's very features are where they should be."""
+    teacher_BD = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    label_B, group_B = torch.arange(40) % 2, torch.arange(40) // 2 % 2
+    student_BD = teacher_BD.clone().requires_grad_()
+    off_B = (label_B == 0) & (group_B == 1)
+    moved_BD = student_BD + 2.0 * off_B[:, None]
+    known_B = torch.where(group_B == 0, 1.0 * label_B, 0.0 * label_B).masked_fill(label_B == 1, NAN)
+    loss = mfd(moved_BD, teacher_BD, known_B, group_B, 2)
+    loss.backward()
+    assert student_BD.grad[off_B].sum(-1).gt(0).all()
+    assert student_BD.grad[label_B == 1].eq(0).all()
+    assert float(loss.detach()) > float(mfd(teacher_BD, teacher_BD, known_B, group_B, 2)) >= 0
+
+
+def test_mfd_without_labels_is_nothing_and_its_gradient_finite():
+    student_BD, nothing_B = torch.zeros(4, 3, requires_grad=True), torch.full((4,), NAN)
+    for label_B in (nothing_B, torch.ones(4)):
+        (gradient,) = torch.autograd.grad(mfd(student_BD, torch.zeros(4, 3), label_B, torch.zeros(4), 1), student_BD)
+        assert gradient.eq(0).all()

@@ -15,10 +15,11 @@ from agglom.data.dataset import ImageDataset, augmented, collate, crop_box, resi
 from agglom.data.manifest import Manifest
 from agglom.data.sampler import loader
 from agglom.errors import DataError
-from agglom.job import Augment
+from agglom.job import Acquisition, Augment, Views
 
 ROWS = 6
 SIZE = (16, 16)
+STRONG = Acquisition(blur=1.0, resolution=1.0, contrast=1.0, inversion=1.0, noise=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +157,93 @@ def test_unreadable_image_names_file_and_row(manifest, workers, tmp_path):
     assert str(caught.value).endswith("(data row 5 of m.csv)")
 
 
-def test_workers_do_not_change_pixels(manifest):
+@pytest.mark.parametrize("views", [None, Views(kinds=STRONG)], ids=["same view", "views apart"])
+def test_workers_do_not_change_pixels(manifest, views):
     micro_batches = [[(row, view, size) for row in range(ROWS)] for view, size in ((-1, SIZE), (0, (8, 24)), (1, SIZE))]
     state = torch.get_rng_state()
-    alone = list(loader(dataset(manifest), micro_batches, 0))
-    shared = list(loader(dataset(manifest), micro_batches, 2))
+    alone = list(loader(dataset(manifest, views=views), micro_batches, 0))
+    shared = list(loader(dataset(manifest, views=views), micro_batches, 2))
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(alone, shared, strict=True):
         assert torch.equal(a.pixels_BCHW, b.pixels_BCHW)
         assert torch.equal(a.view_B, b.view_B)
+        assert views is None or torch.equal(a.student_BCHW, b.student_BCHW)
+
+
+# ── What the student sees ──
+
+
+def test_without_views_both_sides_see_the_same(manifest):
+    assert collate([dataset(manifest)[0, 0, SIZE]]).student_BCHW is None
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_teachers_see_what_they_see_without_views(manifest, flip):
+    bare = dataset(manifest, augment=Augment(flip=flip))
+    apart = dataset(manifest, augment=Augment(flip=flip), views=Views(kinds=STRONG, share=1.0))
+    for row, view in ((0, 0), (1, 0), (0, 3), (2, -1)):
+        assert torch.equal(apart[row, view, SIZE].pixels_BCHW, bare[row, view, SIZE].pixels_BCHW)
+        assert torch.equal(apart[row, view, SIZE].student_BCHW, apart[row, view, SIZE].pixels_BCHW) == (view == -1)
+
+
+def test_students_pixels_are_of_seed_row_view_and_size(manifest):
+    """In any order, whatever was drawn before and however many threads there are."""
+    keys = [(row, view, size) for row in range(ROWS) for view in range(3) for size in (SIZE, (8, 24))]
+    first = dataset(manifest, views=Views(kinds=STRONG))
+    seen = {key: first[key].student_BCHW for key in keys}
+    torch.manual_seed(99)
+    random.seed(99)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    again = dataset(manifest, views=Views(kinds=STRONG))
+    assert all(torch.equal(again[key].student_BCHW, seen[key]) for key in reversed(keys))
+    torch.set_num_threads(threads)
+    other = dataset(manifest, views=Views(kinds=STRONG), seed=4, augment=None)
+    same = dataset(manifest, views=Views(kinds=STRONG), augment=None)
+    assert not all(torch.equal(other[key].student_BCHW, same[key].student_BCHW) for key in keys)
+
+
+def simulated_rows(data, views=range(50)):
+    """By row, in how many views what the student sees is not what its teachers see."""
+    found = []
+    for row in range(ROWS):
+        seen = [data[row, view, (4, 4)] for view in views]
+        found.append(sum(not torch.equal(one.student_BCHW, one.pixels_BCHW) for one in seen))
+    return found
+
+
+def test_share_of_the_views(manifest):
+    """0.3 of 300: within 4 standard deviations of a binomial, and none of them the same in every view."""
+    counts = simulated_rows(dataset(manifest, views=Views(kinds=Acquisition(inversion=1.0), share=0.3)))
+    assert 58 < sum(counts) < 122
+    assert min(counts) > 0
+    assert simulated_rows(dataset(manifest, views=Views(kinds=Acquisition(inversion=1.0), share=1.0))) == [50] * ROWS
+
+
+def test_views_of_some_groups_alone(manifest):
+    """Those in any of the groups named; who is not annotated is in none."""
+    table = replace(manifest, attributes={"device": ("A", "B", None) * 2, "sex": ("F", "F", "F", "M", None, "F")})
+
+    def inverted(**groups):
+        views = Views(kinds=Acquisition(inversion=1.0), share=1.0, groups=groups)
+        return simulated_rows(dataset(table, views=views), [0])
+
+    assert inverted(device=("A",)) == [1, 0, 0, 1, 0, 0]
+    assert inverted(device=("A", "B")) == [1, 1, 0, 1, 1, 0]
+    assert inverted(device=("B",), sex=("M",)) == [0, 1, 0, 1, 1, 0]
+    assert inverted(**{"device*sex": ("A|F", "B|F")}) == [1, 1, 0, 0, 0, 0]
+
+
+def test_students_pixels_are_pinned(manifest):
+    """A change of these numbers changes every run with views: say so in the release notes."""
+    data = dataset(manifest, augment=None, views=Views(kinds=STRONG, share=1.0))
+    found = torch.stack([data[row, 2, (2, 2)].student_BCHW[0, 0] for row in range(ROWS)])
+    pinned = [
+        [0.5087, 0.5077],
+        [0.4982, 0.4839],
+        [0.4816, 0.4969],
+        [0.4096, 0.4102],
+        [0.4826, 0.4826],
+        [0.3299, 0.3422],
+    ]
+    torch.testing.assert_close(found, torch.tensor(pinned), atol=1e-4, rtol=0)

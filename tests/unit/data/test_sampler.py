@@ -2,16 +2,17 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agglom.data.sampler import drawn, stream
+from agglom.data.sampler import drawn, stream, tempered
 
 SIZES = ((64, 64), (96, 64), (128, 128))
 
 
-def steps(rows, count, *, batch, world=1, accumulate=1, seed=0, start_step=0):
+def steps(rows, count, *, batch, world=1, accumulate=1, seed=0, start_step=0, weights=None):
     """The global batches (sets of samples as sorted lists) of `count` steps, from all ranks."""
     micro = batch // (world * accumulate)
     ranks = [
@@ -25,6 +26,7 @@ def steps(rows, count, *, batch, world=1, accumulate=1, seed=0, start_step=0):
             world=world,
             accumulate=accumulate,
             start_step=start_step,
+            weights=weights,
         )
         for rank in range(world)
     ]
@@ -100,7 +102,48 @@ def test_sizes_are_as_likely_and_pinned():
     assert found != [SIZES.index(drawn(SIZES, 1, step)) for step in range(3000)]
 
 
+@settings(max_examples=100, deadline=None)
+@given(rows=rows_of, share=shares, start=st.integers(0, 30), seed=st.integers(0, 2**32))
+def test_weighted_draws_are_shared_by_ranks_and_go_on_after_a_resume(rows, share, start, seed):
+    world, accumulate, micro = share
+    options = {"batch": world * accumulate * micro, "seed": seed, "weights": np.arange(1.0, len(rows) + 1)}
+    whole = steps(rows, start + 3, **options)
+    assert steps(rows, 3, world=world, accumulate=accumulate, start_step=start, **options) == whole[start:]
+    views = [view for batch in whole for _, view, _ in batch]
+    assert sorted(views) == list(range(len(views)))
+
+
+def test_rows_come_by_their_weights_and_no_view_twice():
+    """In each epoch anew, with replacement; without weights nothing has changed."""
+    weights = np.array([0.5, 0.3, 0.2, 0.0] * 250)
+    seen = next(stream(range(1000), SIZES, seed=1, batch=20_000, micro=20_000, weights=weights))
+    assert len({(row, view) for row, view, _ in seen}) == 20_000
+    count = np.bincount([row % 4 for row, *_ in seen], minlength=4) / 20_000
+    np.testing.assert_allclose(count, [0.5, 0.3, 0.2, 0.0], atol=0.015)
+    epochs = [[row for row, *_ in seen[1000 * epoch :][:1000]] for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    assert len(set(epochs[0])) < 700
+    again = next(stream(range(1000), SIZES, seed=1, batch=1000, micro=1000))
+    assert [row for row, *_ in again] == np.random.default_rng((1, 0)).permutation(1000).tolist()
+
+
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=60), st.floats(0, 1))
+def test_tempered_shares(groups, power):
+    """By group, in plain Python; those without annotation stay as frequent as they are."""
+    group, total = np.array(groups), len(groups)
+    found = tempered(group, power)
+    assert found.sum() == pytest.approx(1)
+    count = {one: groups.count(one) for one in set(groups) - {-1}}
+    mass = sum((n / total) ** (1 - power) for n in count.values())
+    for one, n in count.items():
+        expected = (n / total) ** (1 - power) / mass * sum(count.values()) / total
+        np.testing.assert_allclose(found[group == one], expected / n)
+    np.testing.assert_allclose(found[group < 0], 1 / total)
+
+
 def test_refusals_come_at_once():
+    with pytest.raises(ValueError, match=r"weights of shape \(2,\) for 1 rows"):
+        stream([1], SIZES, seed=0, batch=8, micro=8, weights=np.ones(2))
     with pytest.raises(ValueError, match="batch 8 is not micro 2 × world 2 × accumulate 1"):
         stream([1], SIZES, seed=0, batch=8, micro=2, world=2)
     with pytest.raises(ValueError, match="no rows"):
