@@ -62,14 +62,17 @@ class Method(NamedTuple):
     """How cells are weighted, and what the student sees; with `beta`, groups by `balancer` and teachers by reliability.
 
     The latter multiplies the weight of teacher t in group g by its share of Σ_t (1 − R_tg)^−β, 1 on average, where
-    R_tg is the validation accuracy of its probe in the group (DESIGN.md, "The objective").
+    R_tg is the validation accuracy of its probe in the group (DESIGN.md, "The objective"). `own`: (1 − R_tg) is taken
+    relative to the teacher's best group first, so that a teacher loses weight where it serves worse than elsewhere.
     """
 
     balancer: Callable[..., Balancer]
     seen: Acquisition | None = None
     beta: float = 0.0
+    own: bool = False
 
 
+HALF = partial(balance.inverse_frequency, power=0.5)  # q ∝ √p
 # Each with the defaults of its paper.
 METHODS = {
     "uniform": Method(balance.uniform),
@@ -80,11 +83,16 @@ METHODS = {
     "AdaLoss": Method(balance.ada_loss),
     "reliability, β = 2": Method(balance.uniform, beta=2.0),
     "reliability, β = 6": Method(balance.uniform, beta=6.0),
-    "reliability, β = 2, γ = ½": Method(partial(balance.inverse_frequency, power=0.5), beta=2.0),
-    "reliability, β = 6, γ = ½": Method(partial(balance.inverse_frequency, power=0.5), beta=6.0),
+    "reliability, β = 2, γ = ½": Method(HALF, beta=2.0),
+    "reliability, β = 6, γ = ½": Method(HALF, beta=6.0),
+    "own reliability, β = 2": Method(balance.uniform, beta=2.0, own=True),
+    "own reliability, β = 2, γ = ½": Method(HALF, beta=2.0, own=True),
+    "own reliability, β = 6, γ = ½": Method(HALF, beta=6.0, own=True),
+    "inverse frequency, γ = ½": Method(HALF),
     "views": Method(balance.uniform, seen=ANY),
     "views-unlike": Method(balance.uniform, seen=UNLIKE),
-    "views + reliability, β = 2, γ = ½": Method(partial(balance.inverse_frequency, power=0.5), seen=ANY, beta=2.0),
+    "views + own reliability, β = 2, γ = ½": Method(HALF, seen=ANY, beta=2.0, own=True),
+    "views + reliability, β = 2, γ = ½": Method(HALF, seen=ANY, beta=2.0),
 }
 
 
@@ -198,9 +206,10 @@ def views(m: Material, acquisition: Acquisition, seed: int) -> Tensor:
     )
 
 
-def reliability(right_GT: Tensor, beta: float) -> Tensor:
+def reliability(right_GT: Tensor, beta: float, own: bool) -> Tensor:
     """Groups × teachers, 1 on average over the teachers of a group."""
-    worth_GT = (1 - right_GT).clamp(min=1e-3) ** -beta
+    wrong_GT = (1 - right_GT).clamp(min=1e-3)
+    worth_GT = (wrong_GT / wrong_GT.amin(0) if own else wrong_GT) ** -beta
     return worth_GT / worth_GT.mean(1, keepdim=True)
 
 
@@ -213,7 +222,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     share_G = torch.bincount(m.device_N[:TRAIN], minlength=2).double() / TRAIN
     balancer = method.balancer(cells=Cells(share_G, torch.arange(len(goal)), BATCH, TRAIN))
-    worth_GT = reliability(right_GT, method.beta)
+    worth_GT = reliability(right_GT, method.beta, method.own)
     state, draw = balancer.init(), torch.Generator().manual_seed(seed)
     taken_VNCHW = None if method.seen is None else views(m, method.seen, seed)
     epochs = (torch.randperm(TRAIN, generator=draw) for _ in itertools.count())

@@ -230,9 +230,9 @@ def mfd(
     each group should be spread as the teacher's of all (MFD, Jung et al., CVPR 2021, arXiv 2106.04411). A scalar.
 
     RBF kernel exp(−‖a − b‖² / 2σ²), σ² the mean squared distance from teacher to student, a constant to the gradient;
-    MMD² with the pairs of an image and itself, so never negative. Both as public implementations have them. `label_B` is 0 to
-    `classes` − 1, or anything else, such as NaN, where unknown: such an image takes no part, whatever its features.
-    One of group −1 is among the teacher's of all. A cell without images counts nothing.
+    MMD² with the pairs of an image and itself, so never negative. Both as public implementations have them. `label_B`
+    is 0 to `classes` − 1, or anything else, such as NaN, where unknown: such an image takes no part, whatever its
+    features. One of group −1 is among the teacher's of all. A cell without images counts nothing.
     """
     class_CB = label_B == torch.arange(classes, device=label_B.device)[:, None]
     x_BD, y_BD = (_keep(z_BD.float(), class_CB.any(0)) for z_BD in (student_BD, teacher_BD.detach()))
