@@ -28,7 +28,6 @@ from agglom.errors import CacheError, ConfigError, DataError, Interrupted, Plugi
 from agglom.job import Job, Side, Size, pair, show_size
 from agglom.plan import Plan
 from agglom.runtime import StopRequest, World
-from agglom.yamls import one_of
 
 IDENTITY = "agglom.json"
 
@@ -84,7 +83,7 @@ class Run:
         weights = {name: spec.weight for name, spec in self.job.teachers.items()}
         return losses.columns(self.targets, weights, self.job.loss.summary_weight, self.job.loss.patches_weight)
 
-    @property
+    @cached_property
     def compared_by_mfd(self) -> tuple[str, ...]:
         """The teachers whose summaries `loss.mfd` compares."""
         asked = self.job.loss.mfd
@@ -154,23 +153,10 @@ def _parts(job: Job, base: Path, world: World) -> tuple[Manifest, Plan, dict[str
         spaces = {name: groups.encode(name, manifest.attributes) for name in _trained_groups(job, teachers)}
     except ValueError as error:
         raise ConfigError(f"data.attributes: {error}") from error
-    _check_served(manifest, spaces, teachers)
-    return manifest, resolved, spaces, teachers
-
-
-def _check_served(manifest: Manifest, spaces: Mapping[str, GroupSpace], teachers: Mapping[str, Teacher]) -> None:
-    """A specialist serves groups that exist, and that train patients are of."""
-    train_N = torch.as_tensor(manifest.rows("train"))
     for name, teacher in teachers.items():
-        if (serves := teacher.serves) is None:
-            continue
-        space = spaces[serves.attribute]
-        for index, group in enumerate(serves.groups):
-            key = f"teachers.{name}.options.groups[{index}]"
-            if group not in space.values:
-                raise ConfigError(f"{key}: {one_of(group, space.values, f'values of {serves.attribute}')}")
-            if not (space.index_N[train_N] == space.values.index(group)).any():
-                raise ConfigError(f"{key}: {group!r} has no train image in {manifest.path}; name a group that has")
+        if (serves := teacher.serves) is not None:
+            plan.check_groups(f"teachers.{name}.options.groups", serves.attribute, serves.groups, manifest)
+    return manifest, resolved, spaces, teachers
 
 
 def _trained_groups(job: Job, teachers: Mapping[str, Teacher]) -> list[str]:

@@ -98,7 +98,8 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
             )
         teachers = stage.teachers or tuple(job.teachers)
         rates = stage.lr, stage.lr_end, stage.trunk_lr_scale
-        _check_views(f"stages[{index}].views", stage.views, manifest)
+        for name, groups in stage.views.groups.items() if stage.views else ():
+            check_groups(f"stages[{index}].views.groups.{name}", name, groups, manifest)
         sizes = tuple(map(pair, stage.sizes or (stage.size,)))
         lengths = index, first_step, steps, warmup
         stages.append(ResolvedStage(stage.name, *lengths, pair(stage.size), sizes, teachers, *rates, stage.views))
@@ -120,16 +121,14 @@ def resolve(job: Job, base: Path, world: int, manifest: Manifest) -> Plan:
     )
 
 
-def _check_views(key: str, views: Views | None, manifest: Manifest) -> None:
-    """The groups whose images the student sees otherwise exist, and train images are of each."""
-    for name, groups in views.groups.items() if views else ():
-        members = manifest.view(name).members
-        for index, group in enumerate(groups):
-            place = f"{key}.groups.{name}[{index}]"
-            if group not in members:
-                raise ConfigError(f"{place}: {one_of(group, list(members), f'values of {name}')}")
-            if not (manifest.split_N[members[group]] == "train").any():
-                raise ConfigError(f"{place}: {group!r} has no train image in {manifest.path}; name a group that has")
+def check_groups(key: str, attribute: str, groups: Sequence[str], manifest: Manifest) -> None:
+    """The groups of an attribute exist, and train images are of each. Raises ConfigError that names the key."""
+    members = manifest.view(attribute).members
+    for index, group in enumerate(groups):
+        if group not in members:
+            raise ConfigError(f"{key}[{index}]: {one_of(group, list(members), f'values of {attribute}')}")
+        if not (manifest.split_N[members[group]] == "train").any():
+            raise ConfigError(f"{key}[{index}]: {group!r} has no train image in {manifest.path}; name a group that has")
 
 
 def document(job: Job, base: Path, world: int, manifest: Manifest) -> str:

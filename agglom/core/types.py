@@ -159,13 +159,11 @@ class LossTable(NamedTuple):
     """The waist: the loss of each sample under each column (teacher, kind), before any weighting.
 
     `loss_BT` is finite where `valid_BT` is true; invalid cells weigh nothing and carry no gradient. For balancers that
-    weigh a sample by more than its losses: who the samples are, `row_B` of the manifest, and the student's summary of
-    each, `trunk_BD`, from which the losses were computed.
+    weigh a sample by more than its losses: the student's summary, `trunk_BD`, from which they were computed.
     """
 
     loss_BT: Tensor
     valid_BT: Tensor
-    row_B: Tensor | None = None
     trunk_BD: Tensor | None = None
 
 

@@ -245,7 +245,7 @@ def deviating(seed=0, rows=20):
     loss_TB = (torch.tanh(torch.einsum("bd,tde->tbe", trunk_BD, head_TDD)) - target_TBD).square().mean(-1)
     valid_BT = torch.rand(rows, 4, generator=generator) < 0.7
     valid_BT[:, 0] |= ~valid_BT[:, :3].any(1)
-    table = LossTable(loss_TB.T.masked_fill(~valid_BT, 0.0), valid_BT, torch.arange(rows), trunk_BD)
+    table = LossTable(loss_TB.T.masked_fill(~valid_BT, 0.0), valid_BT, trunk_BD)
     return table, head_TDD, target_TBD
 
 
@@ -292,7 +292,7 @@ def test_agre_where_all_agree_or_nothing_is_known():
     table, *_ = deviating()
     balancer = agre(cells=three(), biased="biased")
     agreed_BT = table.loss_BT[:, :1] * torch.tensor([1.0, 1.0, 2.0, 3.0])
-    same = LossTable(agreed_BT, torch.ones(20, 4, dtype=torch.bool), None, table.trunk_BD)
+    same = LossTable(agreed_BT, torch.ones(20, 4, dtype=torch.bool), table.trunk_BD)
     np.testing.assert_allclose(balancer.weigh({}, same, None) * 20, [[1, 1, 1, 0.01]] * 20, rtol=1e-2)
     for unknown in (table._replace(trunk_BD=None), table._replace(loss_BT=table.loss_BT.detach())):
         assert balancer.weigh({}, unknown, None).isnan().tolist() == [[True, True, True, False]] * 20
