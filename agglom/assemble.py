@@ -25,7 +25,7 @@ from agglom.data.dataset import CLEAN, ImageDataset
 from agglom.data.manifest import Manifest
 from agglom.data.sampler import loader
 from agglom.errors import CacheError, ConfigError, DataError, Interrupted, PluginError
-from agglom.job import Job, Side, Size, pair, show_size
+from agglom.job import Job, Side, Size, Views, pair, show_size
 from agglom.plan import Plan
 from agglom.runtime import StopRequest, World
 
@@ -35,7 +35,7 @@ IDENTITY = "agglom.json"
 @dataclass(frozen=True)
 class Run:
     """What every part of a run needs to know. Teachers are in the order of their names, so their order in the
-    configuration changes nothing."""
+    configuration changes nothing. `proxy`: the groups with clusters among them (`proxies`), once these are known."""
 
     job: Job
     base: Path
@@ -46,10 +46,13 @@ class Run:
     spaces: dict[str, GroupSpace]
     teachers: dict[str, Teacher]
     stop: StopRequest
+    proxy: GroupSpace | None = None
 
     @property
     def balance_space(self) -> GroupSpace:
         """The groups that the balancer acts on; without any, everybody is one."""
+        if self.proxy is not None:
+            return self.proxy
         if self.job.balance.group:
             return self.spaces[self.job.balance.group]
         return GroupSpace("", ("all",), torch.zeros(len(self.manifest), dtype=torch.int64))
@@ -99,7 +102,9 @@ class Run:
             del teacher["placement"], teacher["micro_batch"], teacher["licence"]  # neither do these
         settings["evaluate"] = {key: settings["evaluate"][key] for key in ("size", "probe_images", "fvu_images")}
         data = settings["data"] | {"manifest": "", "root": "", "workers": 0}  # the manifest's digest speaks for them
-        data |= {"labels": (), "groups": (), "min_support": 0}  # what is reported changes no weight
+        data |= {"groups": ()}  # what is reported changes no weight,
+        if not plugins.takes(self.job.balance.kind, "balancers", "measured"):
+            data |= {"labels": (), "min_support": 0}  # unless what is measured sets the weights
         parts = {part for name in _trained_groups(self.job, self.teachers) for part in name.split("*")}
         data["attributes"] = {name: spec for name, spec in data["attributes"].items() if name in parts}
         settings["data"] = data
@@ -134,6 +139,7 @@ def assemble(job: Job, base: Path, out: Path, world: World, stop: StopRequest) -
     manifest, resolved, spaces, teachers = world.attempt(lambda: _parts(job, base, world))
     run = Run(job, base, out, world, manifest, resolved, spaces, teachers, stop)
     world.attempt(lambda: _check_mfd(run))
+    world.attempt(lambda: _check_proxies(run))
     world.attempt(lambda: zeroshot.check(run))
     return run
 
@@ -142,6 +148,24 @@ def _check_mfd(run: Run) -> None:
     if (asked := run.job.loss.mfd) and not run.compared_by_mfd:
         who = f"{asked.teacher!r} has no" if asked.teacher else "no teacher has a"
         raise ConfigError(f"loss.mfd: {who} summary whose loss has a weight; name another teacher, or set it to null")
+
+
+def _check_proxies(run: Run) -> None:
+    if (asked := run.job.balance.proxies) is None:
+        return
+    teacher, space = run.teachers[asked.teacher], run.balance_space
+    if teacher.dims.summary is None:
+        raise ConfigError(f"balance.proxies.teacher: {asked.teacher!r} has no summary to cluster; name another teacher")
+    if teacher.serves is not None:
+        raise ConfigError(
+            f"balance.proxies.teacher: {asked.teacher!r} is a specialist, and clusters need a summary of everybody; "
+            "name its source"
+        )
+    if taken := [name for name in groups.clusters(asked.clusters) if name in space.values]:
+        raise ConfigError(
+            f"balance.proxies: {run.job.balance.group} has a value {taken[0]!r}, which is to name a cluster; rename it "
+            "in the manifest"
+        )
 
 
 def _parts(job: Job, base: Path, world: World) -> tuple[Manifest, Plan, dict[str, GroupSpace], dict[str, Teacher]]:
@@ -270,18 +294,22 @@ def build_distiller(run: Run, student: Student) -> Distiller:
         raise PluginError(f"student: {error}") from error
 
 
-def batches(run: Run, rows_N: np.ndarray, size: Size) -> Iterator[tuple[np.ndarray, Batch | None]]:
-    """Clean views of `rows_N`, at `size`, in chunks of `evaluate.batch`, dealt out to the ranks in turn.
+def batches(
+    run: Run, rows_N: np.ndarray, size: Size, views: Views | None = None
+) -> Iterator[tuple[np.ndarray, Batch | None]]:
+    """Clean views of `rows_N`, at `size`, in chunks of `evaluate.batch`, dealt out to the ranks in turn; with `views`,
+    what a student would see of them, too.
 
     Every rank takes part in every round: where it has no chunk left it gets None. The chunks do not depend on the
     number of ranks. An image that cannot be read is an error on all of them.
     """
     data, world, step = run.job.data, run.world, run.job.evaluate.batch
     nobody_N = np.full(len(run.manifest), -1)
-    dataset = ImageDataset(run.manifest, rows_N, None, nobody_N, run.job.seed, data.value_range)
+    dataset = ImageDataset(run.manifest, rows_N, None, nobody_N, run.job.seed, data.value_range, views)
+    view = CLEAN if views is None else 0
     chunks = [rows_N[start : start + step] for start in range(0, len(rows_N), step)]
     mine = chunks[world.rank :: world.size]
-    source = loader(dataset, [[(int(row), CLEAN, size) for row in chunk] for chunk in mine], data.workers)
+    source = loader(dataset, [[(int(row), view, size) for row in chunk] for chunk in mine], data.workers)
     for turn in range(math.ceil(len(chunks) / world.size)):
         batch = world.attempt(lambda: next(source, None))
         (stopping,) = world.any(bool(run.stop))

@@ -276,14 +276,24 @@ def problems(job: Job) -> Iterator[Problem]:
     yield from _check_studies(job)
     if job.data.split is None:
         yield ("data", "split"), "is null, which is for audits only; name the column that parts train, val and test"
+    weighs_groups = job.balance.kind not in GROUPLESS and plugins.takes(job.balance.kind, "balancers", "cells")
     if job.balance.group is not None:
         for message in attributes(job.data, job.balance.group):
             yield ("balance", "group"), message
-    elif job.balance.kind not in GROUPLESS and plugins.takes(job.balance.kind, "balancers", "cells"):
+    elif job.balance.over is None and weighs_groups:
         known = ", ".join(job.data.attributes) or "none yet"
         yield ("balance", "group"), f"kind {job.balance.kind!r} weighs groups; name an attribute (there are: {known})"
+    if job.balance.proxies is not None:
+        yield from _check_named(job, ("balance", "proxies", "teacher"), [job.balance.proxies.teacher])
+    by = plugins.given(job.balance.kind, "balancers", job.balance.options, "by")
+    if plugins.takes(job.balance.kind, "balancers", "measured") and by == "labels" and not job.data.labels:
+        yield (
+            ("balance", "options", "by"),
+            "'labels' asks how well probes read labels from each teacher, and data.labels is empty; name labels there, "
+            "or set this to views",
+        )
     yield from _check_balanced_teachers(job)
-    if job.balance.resample and job.balance.group is None:
+    if job.balance.resample and job.balance.over is None:
         yield (
             ("balance", "resample"),
             "draws images by their group; name an attribute under balance.group, or set it to 0",
@@ -332,7 +342,7 @@ def _check_balanced_teachers(job: Job) -> Iterator[Problem]:
     key: Key = ("balance", "options", named)
     given = options.get(named)
     yield from _check_named(job, key, [given] if isinstance(given, str) else list(given or ()))
-    if kind == "static" and options.get("groups") and job.balance.group is None:
+    if kind == "static" and options.get("groups") and job.balance.over is None:
         yield ("balance", "group"), "the options weigh groups; name their attribute"
     if kind != "agre":
         return
@@ -353,7 +363,9 @@ def _check_mfd(job: Job) -> Iterator[Problem]:
         yield (*key, "label"), one_of(mfd.label, list(job.data.labels), "labels under data.labels")
     if mfd.teacher is not None:
         yield from _check_named(job, (*key, "teacher"), [mfd.teacher])
-    if job.balance.group is None:
+    if job.balance.proxies is not None:
+        yield key, "compares annotated groups, and balance.proxies makes groups of clusters; set one of them to null"
+    elif job.balance.group is None:
         yield key, "compares groups with all; name an attribute under balance.group"
     if not job.loss.summary_weight:
         yield key, "compares summaries, and loss.summary_weight is 0; set mfd to null"

@@ -8,9 +8,22 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from agglom import __version__, checkpoints, config, curriculum, evaluate, export, plan, report, targets, train
+from agglom import (
+    __version__,
+    checkpoints,
+    config,
+    curriculum,
+    evaluate,
+    export,
+    findings,
+    measure,
+    plan,
+    proxies,
+    report,
+    targets,
+    train,
+)
 from agglom.assemble import IDENTITY, Run, assemble, build_distiller, build_student, check_identity
-from agglom.checkpoints import State
 from agglom.core.types import Student
 from agglom.curriculum import Leg
 from agglom.engine import Engine, latest, launched
@@ -51,24 +64,29 @@ def _distill(leg: Leg, base: Path, world: World, stop: StopRequest, resume: str)
     # ZeRO takes the model apart: a whole copy stays for evaluation and export.
     plain, plain_student = copy.deepcopy((model, student))
     engine = Engine(model, leg.job, world)
-    balancer = train.balancer(run)
-    state = checkpoints.restore(run, engine, checkpoint) if checkpoint else train.initial(run, balancer)
-    journal = world.attempt(lambda: Journal(leg.out, world.main, state.step))
+    kept = checkpoints.restore(run, engine, checkpoint) if checkpoint else None
+    step = kept.step if kept else 0
+    journal = world.attempt(lambda: Journal(leg.out, world.main, step))
     try:
-        journal.say("\n".join([_greeting(run, state), *_resolutions(run, student)]))
+        journal.say("\n".join([_greeting(run, step), *_resolutions(run, student)]))
         surveyed, normalisers = survey(run)
+        run, surveyed = proxies.added(run, surveyed)
+        if surveyed is not None and surveyed.proxies is not None:
+            journal.say(findings.proxies_finding(surveyed.proxies))
         served = {name: served_N.to(world.device) for name, served_N in run.served.items()}
-        loop = Loop(run, engine, run.columns, balancer, normalisers, served, shifts, journal, stop)
-        if state.step == 0 or not _reported(run, evaluate.TEACHERS_STAGE):
+        if step == 0 or not _reported(run, evaluate.TEACHERS_STAGE):
             found = evaluate.evaluate(run, surveyed, normalisers, evaluate.TEACHERS_STAGE, None)
             _publish(run, found, journal, 0)
+        state, last = kept, evaluate.TEACHERS_STAGE
         for stage in run.plan.stages:
-            if _finished(run, stage, state):
-                continue
-            state = train.train(loop, stage, state)
-            plain.load_state_dict(engine.weights())
-            found = evaluate.evaluate(run, surveyed, normalisers, stage.name, plain)
-            _publish(run, found, journal, state.step)
+            if not _finished(run, stage, state.step if state else 0):
+                balancer = train.balancer(run, measure.before(run, stage.name, last, normalisers))
+                loop = Loop(run, engine, run.columns, balancer, normalisers, served, shifts, journal, stop)
+                state = train.train(loop, stage, state or train.initial(run, balancer))
+                plain.load_state_dict(engine.weights())
+                found = evaluate.evaluate(run, surveyed, normalisers, stage.name, plain)
+                _publish(run, found, journal, state.step)
+            last = stage.name
         plain.load_state_dict(engine.weights())
         folder = leg.out / "export"
         world.on_main(lambda: export.write(folder, run, plain_student, plain, normalisers, journal.say))
@@ -127,10 +145,10 @@ def _is_whole(run: Run) -> bool:
     return True
 
 
-def _finished(run: Run, stage: ResolvedStage, state: State) -> bool:
+def _finished(run: Run, stage: ResolvedStage, step: int) -> bool:
     """Whether a stage is trained and evaluated. A run that stopped in between is evaluated first."""
     end = stage.first_step + stage.steps
-    return state.step > end or (state.step == end and _reported(run, stage.name))
+    return step > end or (step == end and _reported(run, stage.name))
 
 
 def _reported(run: Run, stage: str) -> bool:
@@ -149,8 +167,8 @@ def _publish(run: Run, found: evaluate.Evaluation | None, journal: Journal, step
 # ── What is said ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _greeting(run: Run, state: State) -> str:
-    where = f"goes on after step {state.step}" if state.step else "starts"
+def _greeting(run: Run, step: int) -> str:
+    where = f"goes on after step {step}" if step else "starts"
     sizes = (len(run.plan.stages), "stage"), (run.plan.total_steps, "step"), (run.world.size, "rank")
     stages, steps, ranks = (plan.count(n, noun) for n, noun in sizes)
     return (

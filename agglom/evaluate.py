@@ -19,7 +19,9 @@ from agglom import (
     curriculum,
     curves,
     hosting,
+    measure,
     probes,
+    proxies,
     report,
     scores,
     studies,
@@ -83,6 +85,7 @@ def main(job: Job, base: Path, out: Path) -> None:
         run = assemble(curriculum.legs(job, out)[-1].job, base, out, world, stop)
         step, _, plain = world.attempt(lambda: last_student(run))
         surveyed, normalisers = survey(run)
+        run, surveyed = proxies.added(run, surveyed)
         stage = next(s for s in reversed(run.plan.stages) if s.first_step < step or s.index == 0)
         for name, student in ((TEACHERS_STAGE, None), (stage.name, plain)):
             found = evaluate(run, surveyed, normalisers, name, student)
@@ -220,11 +223,13 @@ def _report(
         "name": run.out.name,
         "index": names.index(stage) + 1 if stage in names else 0,
         "teachers": {name: hosting.facts(teacher) for name, teacher in run.teachers.items()},
-        "balance": {"kind": run.job.balance.kind, "group": run.job.balance.group},
+        "balance": {"kind": run.job.balance.kind, "group": run.job.balance.over},
         "image_size": side(run.plan.evaluate_size),
         "serves": {f"teacher/{name}": one for name, one in serves.items()},
         "curves": [one for one in drawn if serving.judged(one["predictor"], (one["attribute"], one["group"]))],
-        "weights": curves.of_weights(run.out / "metrics.jsonl", run.job.balance.group, _until(names, stage)),
+        "weights": curves.of_weights(run.out / "metrics.jsonl", run.job.balance.over, _until(names, stage)),
+        "reasons": measure.reasons(run, stage),
+        "proxies": surveyed.proxies,
         "conflict": _conflict(run, surveyed, normalisers, stage, student, model),
         "history": _history(run.out / "reports", [TEACHERS_STAGE, *names], stage),
     }

@@ -239,6 +239,24 @@ def weights(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return drawn | {"stages": [stage["stage"] for stage in given["stages"]], "path": _path(groups, given.get("path"))}
 
 
+def reasons(drawn: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Why the groups weigh what they do: what was known of each of them when a stage began."""
+    if not drawn or not given:
+        return None
+    lines = []
+    for g, group in enumerate(drawn["groups"]):
+        of_teachers = [
+            f"{number(raw)} → {number(shrunk)}"
+            for raw, shrunk in zip(given["auroc"][g], given["shrunk"][g], strict=True)
+        ]
+        student, noise = number(given["student"][g]), [number(one) for one in given["noise"][g]]
+        n = f"{given['n_patients'][g]:,}"
+        lines.append([short((drawn["attribute"], group)), n, *of_teachers, student, *noise])
+    names = given["teachers"]
+    head = ["group", "patients", *names, "student before", *(f"noise, {name}" for name in names)]
+    return {"stage": given["stage"], "head": head, "lines": lines}
+
+
 def _shade(weight: float | None) -> dict[str, Any]:
     """A weight in figures, and how far it is from neutral: full strength at a factor of four."""
     if weight is None:
@@ -268,6 +286,29 @@ def _path(groups: Sequence[str], path: Mapping[str, Any] | None) -> dict[str, An
     table = {"head": ["step", *(f"{steps[i]:,}" for i in shown)], "lines": cells}
     ticks = [(LEFT + ends.at(tick), f"{tick:,g}") for tick in ends.ticks]
     return plot("Weight of each group over the steps", "step", ticks, lines, scale, measure="weight", table=table)
+
+
+def proxies(given: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What clusters have to do with the groups that are known, and their sizes: two tables."""
+    if not given:
+        return []
+    measures = {
+        **{"nmi": "NMI", "ari": "adjusted Rand", "purity": "purity", "chance": "dealt out anew"},
+        **{"chance_hi": "at most", "largest": "largest group"},
+    }
+    compared = [
+        [one["attribute"].replace("*", " × "), f"{one['n_images']:,}"]
+        + [number(one[key]) for key in measures]
+        + [one["why"]]
+        for one in given["agreement"]
+    ]
+    sizes = zip(given["clusters"], given["n_train"], given["n_grouped"], strict=True)
+    lines = [[name, *(f"{n:,}" for n in counts)] for name, *counts in sizes]
+    tables = [
+        {"head": ["groups of", "images", *measures.values(), ""], "lines": compared},
+        {"head": ["cluster", "train images", "weighed with it"], "lines": lines},
+    ]
+    return [table for table in tables if table["lines"]]
 
 
 def conflict(given: Mapping[str, Any] | None) -> dict[str, Any] | None:

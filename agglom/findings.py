@@ -369,6 +369,31 @@ def conflict_finding(given: Mapping[str, Any] | None) -> str:
     return f"{said}."
 
 
+def proxies_finding(given: Mapping[str, Any] | None) -> str:
+    """Whom clusters stand for: the groups with which they go better than clusters that are dealt out anew."""
+    if not given:
+        return ""
+    whose = f"without {given['attribute'].replace('*', ' × ')}" if given["attribute"] else "of all patients"
+    said = [
+        f"Images {whose} are grouped by {count(len(given['clusters']), 'cluster')} of the summaries of "
+        f"{given['teacher']}, fitted on {count(given['n_fitted'], 'train image')}; {given['fits']} fits from different "
+        f"starts agree by an adjusted Rand index of {number(given['stability'])} on average and "
+        f"{number(given['stability_lo'])} at least (1: the same clusters, 0: chance)."
+    ]
+    known = [one for one in given["agreement"] if not one["why"]]
+    for better, start in ((True, "Better than by chance, they go with"), (False, "No better than by chance, with")):
+        mine = [one for one in known if (one["purity"] > one["chance_hi"]) == better]
+        names = [
+            f"{one['attribute'].replace('*', ' × ')} (NMI {number(one['nmi'])}, purity {number(one['purity'])} where "
+            f"{number(one['chance'])} is chance)"
+            for one in sorted(mine, key=lambda one: one["chance"] - one["purity"])
+        ]
+        said += [f"{start} {listed(names)}."] if names else []
+    if not known:
+        said.append("There are no groups that they could be compared with, so whom they stand for is not known.")
+    return " ".join([*said, "A weight on a cluster is not a weight on a group."])
+
+
 # ── Studies of their own ──
 
 

@@ -196,17 +196,38 @@ class Loss(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Proxies(Section):
+    """Groups for images of no known group: the `clusters` that k-means finds among the summaries of a teacher of train
+    images. It is fitted from `seeds` different starts: the best fit counts, and how far all agree is reported.
+    """
+
+    teacher: str
+    clusters: Annotated[int, Ge(2)] = 8
+    seeds: Annotated[int, Ge(2)] = 5
+
+
+@dataclass(frozen=True, kw_only=True)
 class Balance(Section):
     """How the cells (teacher × group) are weighted; `group` is an attribute or a crossing such as `sex*view`.
 
     With `resample` above 0 images are drawn with replacement, so that a group of share p comes with one ∝ p^(1 −
-    resample): at 1 all groups are as frequent. Images without annotation come as often as before.
+    resample): at 1 all groups are as frequent. Images without annotation come as often as before, unless `proxies` puts
+    them into groups: all images where `group` is null.
     """
 
     kind: str = "uniform"
     group: str | None = None
+    proxies: Proxies | None = None
     options: dict[str, Any] = field(default_factory=dict)
     resample: Strength = 0.0
+
+    @property
+    def over(self) -> str | None:
+        """What the groups are groups of; never the attribute alone where clusters are among them."""
+        if self.proxies is None:
+            return self.group
+        clusters = f"clusters of {self.proxies.teacher}"
+        return f"{self.group}, else {clusters}" if self.group else clusters
 
 
 @dataclass(frozen=True, kw_only=True)

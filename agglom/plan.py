@@ -211,7 +211,7 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
         f"- global batch {plan.global_batch} = {per_rank}; {job.engine.precision}, ZeRO {job.engine.zero}",
         f"- {plan.total_steps} steps, {plan.total_steps * plan.global_batch} images seen; a line every "
         f"{plan.log_every} steps, a checkpoint every {plan.checkpoint_every}, {job.log.keep} kept",
-        f"- weights: {job.balance.kind}" + (f" over {job.balance.group}" if job.balance.group else ""),
+        f"- weights: {job.balance.kind}" + (f" over {job.balance.over}" if job.balance.over else ""),
         *_fairness(job),
         *_prompts(job),
         *licences.planned(job),
@@ -264,6 +264,12 @@ def render(plan: Plan, job: Job, manifest: Manifest) -> str:
 
 
 def _fairness(job: Job) -> Iterator[str]:
+    if proxies := job.balance.proxies:
+        images = f"images without {job.balance.group}" if job.balance.group else "all images"
+        yield (
+            f"- groups of {images}: {proxies.clusters} clusters of the summaries of {proxies.teacher}, the best of "
+            f"{proxies.seeds} fits by k-means"
+        )
     if power := job.balance.resample:
         yield f"- images: drawn with replacement, a group of share p with one ∝ p^{1 - power:g}"
     if mfd := job.loss.mfd:
@@ -322,6 +328,7 @@ def _forwards(plan: Plan, job: Job, sizes: dict[str, int]) -> list[tuple[str, ob
         source = job.teachers[name].source
         return name if source is None else root(source)
 
+    proxies = job.balance.proxies
     rows: list[tuple[str, object, object]] = []
     for name, spec in job.teachers.items():
         if spec.source is not None:
@@ -330,6 +337,8 @@ def _forwards(plan: Plan, job: Job, sizes: dict[str, int]) -> list[tuple[str, ob
         active = [stage for stage in plan.stages if name in {root(teacher) for teacher in stage.teachers}]
         refits = sum(job.loss.refit == "stage" and stage.size != plan.evaluate_size for stage in active)
         fitted = refits * min(sizes["train"], job.loss.fit_images)
+        # Images that the survey leaves out are encoded for their cluster.
+        fitted += max(0, sizes["train"] - job.evaluate.probe_images) if proxies and name == root(proxies.teacher) else 0
         rows.append((name, sum(stage.steps for stage in active) * plan.global_batch, evaluated + fitted))
     return rows
 

@@ -26,7 +26,7 @@ from agglom.errors import AgglomError, PluginError
 Package = Literal["teachers", "students", "balancers"]
 HOME = Path(__file__).parents[1]
 # Keywords that the engine fills in; the user gives `source` beside the options, as the name of a teacher.
-INJECTED = {"teachers": ("source", "source_name"), "students": (), "balancers": ("cells",)}
+INJECTED = {"teachers": ("source", "source_name"), "students": (), "balancers": ("cells", "measured")}
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,14 @@ class GroupReport:
       n_patients: the bins that hold any image);
     - `weights`: dict `attribute`, `groups` (G), `teachers` (T), `stages` (list of dicts stage, weight [G][T]) and
       `path` (dict `step` [S], `weight` [S][G]); 1 is what all weigh without balancing, null who takes no part;
+    - `reasons`: what set these weights in a `stage`: `teachers` (T), and of each of the groups of `weights` the
+      validation patients `n_patients` [G], the AUROC of each teacher `auroc` [G][T] and after shrinking `shrunk`
+      [G][T], that of the `student` [G], and the share of a teacher's variance that is `noise` [G][T];
+    - `proxies`: dict of the groups that stand in for what is not annotated: `teacher` whose summaries were clustered,
+      `attribute` that annotated images keep (or null), `clusters` (K names), of train images `n_fitted`, `n_train` [K]
+      in each cluster, `n_grouped` [K] without annotation, so that they are weighed with it; `stability` and
+      `stability_lo`, mean and least adjusted Rand index of two of `fits`; `agreement` (list of dicts attribute,
+      n_images, nmi, ari, purity, largest, chance, chance_hi (see `proxies.agreement`), `why` they are null or "");
     - `conflict`: dict `columns` (C names `<teacher>/<kind>` of the loss table), `pearson` and `spearman` [C][C] of
       their losses over `n_images`; `teachers` (T), `cosine` [T][T] of the gradients of their losses on the trunk,
       `norm` [T] of the mean gradient, over `n_gradient` images, of which two teachers both serve `n_both` [T][T] (on
@@ -254,6 +262,9 @@ def _view(
         "fitted": findings.leakage_fit(reading),
         "charts": figures.charts([*past, (stage, reading)]),
         "weights": figures.weights(context.get("weights")),
+        "reasons": figures.reasons(context.get("weights"), context.get("reasons")),
+        "proxies": figures.proxies(context.get("proxies")),
+        "stands": findings.proxies_finding(context.get("proxies")),
         "conflict": figures.conflict(context.get("conflict")),
         "opposed": findings.conflict_finding(context.get("conflict")),
         "people": figures.people(reading, context.get("groups", ())),

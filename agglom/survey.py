@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class Survey:
 
     `prompted` are the prompts as each teacher with a text tower embeds them. `readouts` remembers the probes by (label,
     kind, predictor), `studies` the rows of `studies.rows` by predictor, `guesses` what `sweep` measures by size and
-    teacher: a frozen teacher's are made once, too.
+    teacher: a frozen teacher's are made once, too. `proxies`: see `report.GroupReport`.
     """
 
     rows_N: np.ndarray
@@ -59,6 +59,7 @@ class Survey:
     readouts: dict[tuple[str, str, str], Readout | None] = field(default_factory=dict)
     studies: dict[str, list[Row]] = field(default_factory=dict)
     guesses: dict[Size, dict[str, Guess]] = field(default_factory=dict)
+    proxies: dict[str, Any] | None = None
 
 
 def chosen_rows(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -127,9 +128,11 @@ def fit_rows(run: Run) -> np.ndarray:
     return np.sort(np.random.default_rng(run.job.seed).choice(rows, most, replace=False)) if len(rows) > most else rows
 
 
-def _features(
+def encoded(
     run: Run, names: list[str], rows_N: np.ndarray, size: Size
 ) -> Iterator[tuple[np.ndarray, dict[str, Features]]]:
+    """Rows and what some teachers say of them, chunk by chunk: on rank 0, while the others take their part."""
+
     def pieces() -> Iterator[tuple[np.ndarray, dict[str, Features]] | None]:
         for mine, batch in batches(run, rows_N, size):
             if batch is None:
@@ -174,7 +177,7 @@ def _fit_derived(run: Run) -> None:
         derived = teacher.derived
         if derived is None or derived.fit is None:
             continue
-        columns, stream = _columns(run, derived), _features(run, [derived.source], fit_rows(run), size)
+        columns, stream = _columns(run, derived), encoded(run, [derived.source], fit_rows(run), size)
 
         def fit(derived=derived, columns=columns, stream=stream, name=name) -> dict[str, Tensor]:
             def pieces() -> Iterator[tuple[Features, dict[str, Tensor]]]:
@@ -270,7 +273,7 @@ def _gather(run: Run, names: list[str], rows_N: np.ndarray, held_M: np.ndarray, 
     gatherers = {name: _Gatherer() for name in names}
     # A generator that fails on rank 0 alone would leave the others waiting: the error is kept until the stream ends.
     failure: Exception | None = None
-    for rows_B, found in _features(run, names, rows_N, size):
+    for rows_B, found in encoded(run, names, rows_N, size):
         rows = torch.as_tensor(rows_B)
         held_B, train_B = (torch.as_tensor(np.isin(rows_B, part)) for part in (held_M, train))
         for name, features in found.items():

@@ -18,6 +18,7 @@ from agglom.assemble import Run
 from agglom.checkpoints import State
 from agglom.core import groups, losses, schedule
 from agglom.core.balance import Cells
+from agglom.core.cells import Measured
 from agglom.core.losses import Column
 from agglom.core.types import Balancer, Batch, CellStats, Features, LossTable, Student
 from agglom.data.dataset import ImageDataset
@@ -278,8 +279,8 @@ def _add(a: CellStats, b: CellStats) -> CellStats:
     return CellStats(a.sum_GT + b.sum_GT, a.count_GT + b.count_GT)
 
 
-def balancer(run: Run) -> Balancer:
-    """The balancer of the job, told the shares of the groups under the sampler."""
+def balancer(run: Run, measured: Measured | None) -> Balancer:
+    """The balancer of the job, told the shares of the groups under the sampler, and what is measured before a stage."""
     train_N, weight_N = run.balance_space.index_N[torch.as_tensor(run.manifest.rows("train"))], _drawn_by(run)
     known_N, groups = train_N >= 0, len(run.balance_space.values)
     count_G = torch.bincount(train_N[known_N], minlength=groups)
@@ -297,7 +298,8 @@ def balancer(run: Run) -> Balancer:
         tuple(dict.fromkeys(column.teacher for column in run.columns)),
         count_G.to(run.world.device),
     )
-    return plugins.build(run.job.balance.kind, "balancers", run.job.balance.options, cells=cells)
+    options = run.job.balance.options
+    return plugins.build(run.job.balance.kind, "balancers", options, cells=cells, measured=measured)
 
 
 def _served_cells(run: Run) -> Tensor:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from agglom.core.cells import FOLLOWED, SKILLED, Measured, excess, reliability, skill, speakers, standing, steadiness
 from agglom.core.types import Balancer, CellStats, LossTable
 
 State = dict[str, Tensor]
@@ -44,6 +46,15 @@ class Cells:
     teachers: tuple[str, ...] = ()
     count_G: Tensor | None = None
 
+    @property
+    def served_GS(self) -> Tensor:
+        """Groups × teachers (bool): who serves whom with any column."""
+        shape = len(self.share_G), int(self.teacher_T.max()) + 1
+        if self.served_GT is None:
+            return torch.ones(shape, dtype=torch.bool, device=self.share_G.device)
+        count_GS = self.share_G.new_zeros(shape, dtype=torch.float64)
+        return count_GS.index_add(1, self.teacher_T, self.served_GT.double()) > 0
+
 
 def uniform(*, cells: Cells) -> Balancer:
     """Every sample weighs 1/B, exactly as without a balancer."""
@@ -64,6 +75,91 @@ def inverse_frequency(*, cells: Cells, power: float = 1.0, cap: float = 10.0) ->
     q_G = torch.where(share_G > 0, share_G ** (1 - power), 0.0)
     q_G = _capped(q_G, share_G, cap)
     return Balancer(lambda: {"q_G": q_G.clone()}, _weigh_by_group(cells), lambda state, stats: state)
+
+
+def cells(
+    *,
+    cells: Cells,
+    measured: Measured | None = None,
+    by: Literal["labels", "views"] = "labels",
+    beta: float = 6.0,
+    gamma: float = 0.5,
+    tau: float = 0.5,
+    ema: float = 0.1,
+    floor: float = 0.1,
+    cap: float = 10.0,
+    support: int = 30,
+) -> Balancer:
+    """Teachers count by measured reliability, groups by what is left to learn.
+
+    A sample of group g weighs (q_g / p_g)·ρ_{s|g} / B for teacher s, from what is `measured` before a stage:
+
+    - ρ_{s|g} ∝ skill_{g,s}^`beta`, skill = 2·AUROC − 1, see `core.cells.reliability`;
+    - q_g ∝ p_g^`gamma` · exp((e_g + lag_g) / `tau`), e_g the excess loss (`core.cells.excess`) as a moving average in
+      which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
+      evaluation; times what the best teacher is above chance where that is below .2, so that a group that is only
+      noise takes nothing from the others. `floor`·p_g ≤ q_g ≤ `cap`·p_g.
+
+    A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
+    a step keeps its weight, and the others share theirs. A sample without annotation has q = p and the ρ of everybody.
+    Where nothing is measured yet, ρ = 1 and q ∝ p^`gamma`: without labels there is no reliability.
+    State: as that of `group_dro`.
+    Raises ValueError unless beta ≥ 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap and support ≥ 0.
+    """
+    _require(
+        "cells",
+        beta=(beta, beta >= 0, "≥ 0"),
+        gamma=(gamma, 0 <= gamma <= 1, "in [0, 1]"),
+        tau=(tau, tau > 0, "> 0"),
+        ema=(ema, 0 < ema <= 1, "in (0, 1]"),
+        floor=(floor, 0 <= floor <= 1, "in [0, 1]"),
+        cap=(cap, cap >= 1, "≥ 1"),
+        support=(support, support >= 0, "≥ 0"),
+    )
+    share_G, known = cells.share_G.double(), measured
+    count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
+    speaks_GG, follow = speakers(cells.groups, count_G, support), _following(cells, ema)
+    base_G = torch.where(share_G > 0, share_G**gamma, 0.0)
+    rho_GS = cells.served_GS.double()
+    rho_S = rho_GS.amax(0)
+    if known is not None:
+        skill_GS, skill_S = skill(known.right_GS), skill(known.right_S)
+        if by == "views":
+            skill_GS, skill_S = steadiness(known.noise_GT, known.spread_GT, cells.teacher_T)
+        rho_GS = reliability(skill_GS, cells.served_GS, beta)
+        rho_S = reliability(skill_S[None], cells.served_GS.any(0)[None], beta)[0]
+        best_G, lag_G = standing(known, cells.served_GS)
+        base_G = base_G * (best_G / SKILLED).clamp(FOLLOWED, 1).nan_to_num(1.0) * torch.exp(lag_G / tau)
+    weigh_groups = _weigh_by_group(cells)
+
+    def tempered(q_G: Tensor, here_G: Tensor, mass: Tensor) -> Tensor:
+        """Scaled to `mass` between floor and cap; a mixture with uniform keeps every group above the floor."""
+        part_G = torch.where(here_G, share_G, 0.0)
+        low_G = floor * part_G * mass / part_G.sum().clamp(min=1e-300)
+        return low_G + _capped(q_G, part_G, cap - floor, mass - low_G.sum())
+
+    def init() -> State:
+        return _unmoved(cells) | {"q_G": tempered(base_G, share_G > 0, share_G.sum())}
+
+    def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        rho_BS = torch.where(group_B[:, None] < 0, rho_S, rho_GS[group_B.clamp(min=0)])
+        return weigh_groups(state, table, group_B) * rho_BS.to(table.loss_BT.dtype)[:, cells.teacher_T]
+
+    def update(state: State, stats: CellStats) -> State:
+        groups = len(share_G)
+        merged = CellStats(speaks_GG @ stats.sum_GT[:groups], speaks_GG @ stats.count_GT[:groups])
+        followed, active_GT, ready_G = follow(state, merged)
+        if known is None:
+            return state | followed
+        left_G = excess(followed["loss_GT"] / static_T, known, rho_GS[:, cells.teacher_T] * active_GT)
+        exponent_G = torch.where(ready_G, left_G / tau, -torch.inf)
+        lowest = torch.finfo(torch.float64).min
+        tilted_G = torch.where(ready_G, base_G, 0.0) * torch.exp(exponent_G - exponent_G.max().clamp(min=lowest))
+        mass = torch.where(ready_G, state["q_G"], 0.0).sum()
+        return {"q_G": torch.where(ready_G, tempered(tilted_G, ready_G, mass), state["q_G"]), **followed}
+
+    static_T = torch.ones_like(cells.teacher_T) if cells.static_T is None else cells.static_T
+    return Balancer(init, weigh, update)
 
 
 def group_dro(
@@ -91,7 +187,8 @@ def group_dro(
     follow = _following(cells, ema)
 
     def update(state: State, stats: CellStats) -> State:
-        followed, loss_G, ready_G = follow(state, stats)
+        followed, active_GT, ready_G = follow(state, stats)
+        loss_G = _per_teacher(cells, followed["loss_GT"], active_GT)
         mass_G = torch.where(ready_G, state["q_G"], 0.0)
         # The largest exponent is subtracted: it cancels in the normalisation, and exp cannot overflow.
         exponent_G = torch.where(ready_G, eta * (loss_G + bonus_G), -torch.inf)
@@ -210,7 +307,8 @@ def cvar(*, cells: Cells, alpha: float = 0.2, ema: float = 0.1) -> Balancer:
     follow = _following(cells, ema)
 
     def update(state: State, stats: CellStats) -> State:
-        followed, loss_G, ready_G = follow(state, stats)
+        followed, active_GT, ready_G = follow(state, stats)
+        loss_G = _per_teacher(cells, followed["loss_GT"], active_GT)
         # A loss that is not finite must reach every weight, not only move its group to an end of the order.
         mass = torch.where(ready_G, state["q_G"] + 0 * loss_G, 0.0).sum()
         order_G = torch.where(ready_G, loss_G, -torch.inf).argsort(descending=True, stable=True)
@@ -278,32 +376,34 @@ def _unmoved(cells: Cells) -> State:
 
 
 def _following(cells: Cells, ema: float) -> Callable[[State, CellStats], tuple[State, Tensor, Tensor]]:
-    """(state, stats) → `loss_GT` and `seen_GT` after a step, the loss of each group, and which of them is known.
+    """(state, stats) → `loss_GT` and `seen_GT` after a step, the cells of this step, and which groups are known.
 
-    The loss is the sum of the columns over the number of teachers of the step that serve the group. It is known where
-    the group was in this step and the moving average of every such teacher has begun.
+    Cells of a step (`active_GT`) are those of its teachers in the groups that they serve. A group is known where it was
+    in this step and the moving average of every such cell has begun.
     """
-    teachers = int(cells.teacher_T.max()) + 1
     shape = len(cells.share_G), len(cells.teacher_T)
     everywhere_GT = torch.ones(shape, dtype=torch.bool, device=cells.share_G.device)
     served_GT = everywhere_GT if cells.served_GT is None else cells.served_GT
 
     def follow(state: State, stats: CellStats) -> tuple[State, Tensor, Tensor]:
-        sum_GT, count_GT = stats.sum_GT[:-1], stats.count_GT[:-1]
+        sum_GT, count_GT = (part_GT[: shape[0]] for part_GT in stats)
         seen_GT, now_GT = state["seen_GT"], count_GT > 0
         mean_GT = sum_GT / count_GT.clamp(min=1)
         moved_GT = torch.where(seen_GT, torch.lerp(state["loss_GT"], mean_GT, ema), mean_GT)
         loss_GT = torch.where(now_GT, moved_GT, state["loss_GT"])
         seen_GT = seen_GT | now_GT
-        # Only the columns of this step, whose teachers take part, and only groups whose mean over them is known.
         active_GT = now_GT.any(0) & served_GT
-        zeros_GS = loss_GT.new_zeros(len(loss_GT), teachers)
-        active_GS = zeros_GS.index_add(1, cells.teacher_T, active_GT.to(zeros_GS))
-        loss_G = (loss_GT * active_GT).sum(1) / active_GS.count_nonzero(1).clamp(min=1)
         ready_G = now_GT.any(1) & (seen_GT | ~active_GT).all(1)
-        return {"loss_GT": loss_GT, "seen_GT": seen_GT}, loss_G, ready_G
+        return {"loss_GT": loss_GT, "seen_GT": seen_GT}, active_GT, ready_G
 
     return follow
+
+
+def _per_teacher(cells: Cells, loss_GT: Tensor, active_GT: Tensor) -> Tensor:
+    """The loss of each group: the sum of the active columns over the number of their teachers."""
+    zeros_GS = loss_GT.new_zeros(len(loss_GT), int(cells.teacher_T.max()) + 1)
+    active_GS = zeros_GS.index_add(1, cells.teacher_T, active_GT.to(zeros_GS))
+    return (loss_GT * active_GT).sum(1) / active_GS.count_nonzero(1).clamp(min=1)
 
 
 def _weigh_by_group(cells: Cells) -> Callable[..., Tensor]:

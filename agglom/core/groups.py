@@ -55,6 +55,19 @@ def encode(name: str, columns: Mapping[str, Sequence[str | None]]) -> GroupSpace
     return GroupSpace(name, names, index_N.masked_fill(missing_N, -1))
 
 
+def clusters(number: int) -> tuple[str, ...]:
+    """Names of groups that nobody has annotated."""
+    return tuple(f"cluster {k}" for k in range(1, number + 1))
+
+
+def joined(name: str, known: GroupSpace | None, cluster_N: Tensor, number: int) -> GroupSpace:
+    """The groups of `known`, and for rows that have none the cluster (0 to `number` − 1; −1 unknown) as a group."""
+    values = () if known is None else known.values
+    index_N = torch.full_like(cluster_N, -1) if known is None else known.index_N
+    proxy_N = torch.where(cluster_N >= 0, cluster_N + len(values), -1)
+    return GroupSpace(name, values + clusters(number), torch.where(index_N >= 0, index_N, proxy_N))
+
+
 def tally(group_B: Tensor, values_BT: Tensor, valid_BT: Tensor, groups: int) -> CellStats:
     """Sum `values_BT` and count its valid entries per cell, in float64; row `groups` holds ids of −1.
 

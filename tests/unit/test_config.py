@@ -81,6 +81,13 @@ def test_what_weighs_teachers_needs_no_group(good, kind):
     assert job.balance.group is None
 
 
+def test_clusters_do_for_groups(good):
+    proxies = "proxies: {teacher: dinov2}"
+    for balance in ("kind: group_dro, resample: .5", "kind: static, options: {groups: {cluster 1: 2}}"):
+        job, _ = config.load(good, [f"balance={{{balance}, {proxies}}}"])
+        assert job.balance.over == "clusters of dinov2"
+
+
 def test_set_reaches_maps_and_lists(good):
     texts = ["stages[0].size=64", "stages.0.length=3 epochs", "data.attributes.site={}", "balance.group=site"]
     job, _ = config.load(good, texts)
@@ -227,6 +234,16 @@ WRONG = {
     "agre of patches": (
         ["balance={kind: agre, options: {biased: erased}}", "loss.summary_weight=0"],
         "loss.summary_weight: is 0, and balance.kind agre takes the gradients of summary losses",
+    ),
+    "proxies of a stranger": (
+        "balance={kind: group_dro, proxies: {teacher: dino}}",
+        "balance.proxies.teacher: 'dino' is not one of the teachers: dinov2, erased; did you mean 'dinov2'?",
+    ),
+    "one cluster": ("balance.proxies={teacher: dinov2, clusters: 1}", "balance.proxies.clusters: must be at least 2"),
+    "one fit": ("balance.proxies={teacher: dinov2, seeds: 1}", "balance.proxies.seeds: must be at least 2"),
+    "MFD of clusters": (
+        ["balance={group: sex, proxies: {teacher: dinov2}}", "loss.mfd={label: ill}"],
+        "loss.mfd: compares annotated groups, and balance.proxies makes groups of clusters; set one of them to null",
     ),
     "resampled by nothing": ("balance.resample=.5", "balance.resample: draws images by their group; name an attribute"),
     "resampled too much": (["balance.group=sex", "balance.resample=1.5"], "balance.resample: must be at most 1"),

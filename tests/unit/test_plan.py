@@ -1,5 +1,6 @@
 """The plan: durations become steps, batches are divided, groups are counted, doubts are told."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from agglom.job import (
     Loss,
     Mfd,
     Optim,
+    Proxies,
     Splits,
     Stage,
     StudentSpec,
@@ -180,6 +182,21 @@ def test_what_is_done_for_the_groups_is_told(job, manifest):
     assert "- weights: cvar over sex\n" in text
     assert "- images: drawn with replacement, a group of share p with one ∝ p^0.75\n" in text
     assert "- MFD of ill over sex: 3 × that of the summaries of all teachers\n" in text
+
+
+def test_clusters_that_stand_in_for_groups_are_told(job, manifest):
+    balance = Balance(kind="group_dro", proxies=Proxies(teacher="erased", clusters=3))
+    changed = replace(job, balance=balance, evaluate=Evaluate(probe_images=4), loss=Loss(fit_images=4))
+    text = plan.render(plan.resolve(changed, Path(), 1, manifest), changed, manifest)
+    assert "- weights: group_dro over clusters of erased\n" in text
+    assert "- groups of all images: 3 clusters of the summaries of erased, the best of 5 fits by k-means\n" in text
+    # Two train images are not among those of the evaluation; the source encodes them.
+    assert re.search(r"\| clip +\| 160 +\| 12 ", text)
+    assert re.search(r"\| dino +\| 100 +\| 10 ", text)
+    sex = replace(changed, balance=replace(balance, group="sex"))
+    text = plan.render(plan.resolve(sex, Path(), 1, manifest), sex, manifest)
+    assert "- weights: group_dro over sex, else clusters of erased\n" in text
+    assert "- groups of images without sex: 3 clusters" in text
 
 
 def test_render(job, manifest):

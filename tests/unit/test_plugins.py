@@ -53,7 +53,7 @@ def test_bare_kinds_are_the_files_and_functions():
     assert plugins.available("students") == ["timm"]
     groups = {"static", "inverse_frequency", "group_dro", "cvar"}
     teachers = {"ada_loss", "teacher_dropping", "agre"}
-    assert set(plugins.available("balancers")) == {"uniform"} | groups | teachers
+    assert set(plugins.available("balancers")) == {"uniform", "cells"} | groups | teachers
 
 
 @pytest.mark.parametrize("package", ["teachers", "students", "balancers"])
@@ -65,6 +65,7 @@ def test_every_bare_kind_can_be_read(package):
             "source",
             "source_name",
             "cells",
+            "measured",
         }
 
 

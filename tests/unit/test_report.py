@@ -1035,3 +1035,52 @@ def test_import_is_light():
     code = "import sys, agglom.report; print({'torch', 'matplotlib', 'pandas', 'jinja2'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+AGREED = {
+    **{"teacher": "dino", "attribute": "sex*view", "clusters": ["cluster 1", "cluster 2"], "n_fitted": 1200},
+    **{"n_train": [800, 400], "n_grouped": [500, 90], "fits": 5, "stability": 0.81, "stability_lo": 0.625},
+    "agreement": [
+        {"attribute": name, "n_images": n, "nmi": nmi, "ari": ari, "purity": purity, "largest": largest}
+        | {"chance": chance, "chance_hi": chance + 0.03, "why": why}
+        for name, n, nmi, ari, purity, largest, chance, why in (
+            ("device", 1900, 0.01, 0.0, 0.41, 0.4, 0.41, ""),
+            ("sex*view", 1800, 0.62, 0.5, 0.91, 0.55, 0.57, ""),
+            ("<i>site", 3, *[math.nan] * 5, "fewer images than clusters"),
+        )
+    ],
+}
+
+
+def test_clusters_are_compared_with_the_groups_that_are_known():
+    said = findings.proxies_finding(AGREED)
+    assert said.startswith(
+        "Images without sex × view are grouped by 2 clusters of the summaries of dino, fitted on 1,200"
+    )
+    assert "5 fits from different starts agree by an adjusted Rand index of 0.810 on average and 0.625 at least" in said
+    assert "Better than by chance, they go with sex × view (NMI 0.620, purity 0.910 where 0.570 is chance)." in said
+    assert "No better than by chance, with device (NMI 0.010, purity 0.410 where 0.410 is chance)." in said
+    assert "site" not in said
+    nothing = AGREED | {"attribute": None, "agreement": AGREED["agreement"][2:]}
+    said = findings.proxies_finding(nothing)
+    assert said.startswith("Images of all patients are grouped by")
+    assert "There are no groups that they could be compared with, so whom they stand for is not known." in said
+    for finding in (said, findings.proxies_finding(AGREED)):
+        assert finding.endswith("A weight on a cluster is not a weight on a group.")
+    assert findings.proxies_finding(None) == ""
+
+
+def test_proxy_groups_have_a_section_of_their_own(tmp_path):
+    rows, context = make_rows(), make_context()
+    without = {path.suffix: path.read_text() for path in report.write(GroupReport("full", rows, context), tmp_path)}
+    assert "Proxy groups" not in without[".html"] + without[".md"]
+    found = GroupReport("full", rows, context | {"proxies": AGREED})
+    texts = {path.suffix: path.read_text() for path in report.write(found, tmp_path)}
+    assert '<h2 id="proxies">Proxy groups</h2>' in texts[".html"]
+    assert texts[".html"].count('href="#proxies"') == 1
+    assert "&lt;i&gt;site" in texts[".html"]
+    assert "\n## Proxy groups\n" in texts[".md"]
+    assert "| sex × view | 1,800 | 0.620 | 0.500 | 0.910 | 0.570 | 0.600 | 0.550 |  |\n" in texts[".md"]
+    assert "site | 3 | – | – | – | – | – | – | fewer images than clusters |\n" in texts[".md"]
+    assert "| cluster 2 | 400 | 90 |\n" in texts[".md"]
+    assert report.load(tmp_path / "full.json") == found

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agglom.core.groups import encode, tally
+from agglom.core.groups import clusters, encode, joined, tally
 
 COLUMNS = {"sex": ["M", "F", None, "F", "M"], "view": ["PA", "AP", "AP", None, "AP"], "site": ["1", "1", "2"]}
 
@@ -35,6 +35,15 @@ def test_nobody_annotated():
 def test_wrong_names_and_columns_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         encode(name, COLUMNS)
+
+
+def test_clusters_take_in_whom_no_group_has():
+    known, cluster_N = encode("sex", COLUMNS), torch.tensor([1, -1, 1, 0, 0])
+    space = joined("sex, else clusters", known, cluster_N, 2)
+    assert (space.name, space.values) == ("sex, else clusters", ("F", "M", "cluster 1", "cluster 2"))
+    assert space.index_N.tolist() == [1, 0, 3, 0, 1]
+    alone = joined("clusters", None, cluster_N, 2)
+    assert (alone.values, alone.index_N.tolist()) == (clusters(2), [1, -1, 1, 0, 0])
 
 
 names = st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=30)

@@ -1,0 +1,125 @@
+"""What is measured of the cells (teacher × group) and what follows from it for their weights.
+
+Two questions are kept apart, as mixing them hurts: which teacher a sample should listen to, which is answered by
+measured reliability and never by the loss, and how much a group counts, which the losses and what the evaluation found
+decide (`balance.cells`).
+
+Shape suffixes: N rows of the manifest, G groups, S teachers, T columns of the loss table, X values to be pooled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Below this skill of its best teacher nobody has shown that a group can be taught.
+SKILLED = 0.2
+# The most that the AUROC of groups is believed to differ, as a standard deviation.
+APART = 0.1
+# The least that a teacher weighs, relative to the best of a group.
+FOLLOWED = 0.01
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of the cells before a stage, float64; NaN where it is not known.
+
+    `right_GS`: AUROC of a teacher's probe in a group, shrunk towards that over everybody by its uncertainty (`shrunk`),
+    and `right_S` over everybody. `student_G`: the same of the student, NaN before it has learnt anything. `noise_GT`
+    and `spread_GT`: half the mean loss between the targets of two views of an image, and of two images of the group,
+    without static weights.
+    """
+
+    right_GS: Tensor
+    right_S: Tensor
+    student_G: Tensor
+    noise_GT: Tensor
+    spread_GT: Tensor
+
+
+def skill(right: Tensor) -> Tensor:
+    """How far an AUROC is above chance: 2·AUROC − 1, not below 0 (Somers' D)."""
+    return (2 * right - 1).clamp(min=0)
+
+
+def steadiness(noise_GT: Tensor, spread_GT: Tensor, teacher_T: Tensor) -> tuple[Tensor, Tensor]:
+    """What a teacher's skill is taken to be without labels: 1 − ν / V in [0, 1], the mean over its columns; in each
+    group (G × S), and the mean over the groups (S)."""
+    kept_GT = (1 - noise_GT / spread_GT.clamp(min=1e-12)).clamp(0, 1)
+    columns_S = torch.bincount(teacher_T)
+    kept_GS = kept_GT.new_zeros(len(kept_GT), len(columns_S)).index_add(1, teacher_T, kept_GT) / columns_S
+    return kept_GS, kept_GS.mean(0)
+
+
+def reliability(skill_GS: Tensor, served_GS: Tensor, beta: float) -> Tensor:
+    """ρ_{s|g} ∝ skill_{g,s}^β, 1 on average over the teachers that serve a group, 0 for the others.
+
+    No teacher weighs less than FOLLOWED of the best, or its head would stay as it was initialised. β = 0, teachers of
+    the same skill, or a group in which none is known to have any: all 1.
+
+    A power of the skill, not of the error as for boosting: an error twice as large is little where both are small, as
+    in the majority, whose images still teach what the others need, and much where both are large.
+    """
+    skill_GS = torch.where(served_GS, skill_GS.nan_to_num(0.0), 0.0)
+    best_G1 = skill_GS.amax(1, keepdim=True)
+    ratio_GS = torch.where(best_G1 > 0, skill_GS / best_G1.clamp(min=1e-300), 1.0)
+    worth_GS = torch.where(served_GS, (ratio_GS**beta).clamp(min=FOLLOWED), 0.0)
+    return worth_GS * served_GS.sum(1, keepdim=True) / worth_GS.sum(1, keepdim=True).clamp(min=1e-300)
+
+
+def standing(measured: Measured, served_GS: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each group the skill of its best teacher, NaN where none is known, and by what share of it the student falls
+    short, in [0, 1], 0 where that is not known."""
+    known_GS = served_GS & ~torch.isnan(measured.right_GS)
+    best_G = torch.where(known_GS, skill(measured.right_GS), 0.0).amax(1)
+    lag_G = (1 - skill(measured.student_G) / best_G.clamp(min=1e-300)).clamp(0, 1).nan_to_num(0.0)
+    return torch.where(known_GS.any(1), best_G, torch.nan), torch.where(best_G > 0, lag_G, 0.0)
+
+
+def shrunk(value_GX: Tensor, error_GX: Tensor, pooled_X: Tensor) -> Tensor:
+    """Values of groups, moved towards those of everybody by as much as their standard errors say: empirical Bayes.
+
+    x̃ = m + τ² / (τ² + s²)·(x − m), τ² the variance between groups by the moments of DerSimonian and Laird (1986,
+    Control. Clin. Trials 7) about the known m, over all cells at once: a few groups alone do not tell it. τ is not
+    above APART, or a handful of patients whom a probe gets all wrong would vouch for themselves. A value that is not
+    known (NaN) is that of everybody.
+    """
+    known_GX = ~(torch.isnan(value_GX) | torch.isnan(error_GX))
+    weight_GX = torch.where(known_GX, 1 / error_GX.clamp(min=1e-6).square(), 0.0)
+    off_GX = torch.where(known_GX, value_GX - pooled_X, 0.0)
+    total = weight_GX.sum().clamp(min=1e-300)
+    between = (((weight_GX * off_GX.square()).sum() - known_GX.sum()) / total).clamp(0, APART**2)
+    kept_GX = between / (between + 1 / weight_GX.clamp(min=1e-300))
+    return pooled_X + torch.where(known_GX, kept_GX * off_GX, 0.0)
+
+
+def speakers(values: tuple[str, ...], count_G: Tensor, least: int) -> Tensor:
+    """Whose samples speak for each group (G × G, float64 of 0 and 1, rows sum over columns).
+
+    A group of at least `least` samples speaks for itself. A smaller crossing ("F|AP") is spoken for by all groups that
+    share a value with it in some part, where these have as many together, else by all groups; sums of them are exact
+    under accumulation and ranks, as they are sums. A smaller group that is no crossing: by all.
+    """
+    parts = [value.split("|") for value in values]
+    itself_GG = torch.eye(len(values), dtype=torch.float64, device=count_G.device)
+    crossed = len({len(part) for part in parts}) == 1 and len(parts[0]) > 1 if parts else False
+    akin_GG = itself_GG
+    if crossed:
+        shared = [[any(a == b for a, b in zip(one, two, strict=True)) for two in parts] for one in parts]
+        akin_GG = torch.tensor(shared, dtype=torch.float64, device=count_G.device)
+    count_G1 = count_G.double()[:, None]
+    few_G1 = count_G1 < least
+    alone_GG = torch.where(few_G1, akin_GG, itself_GG)
+    return torch.where(few_G1 & (akin_GG @ count_G1 < least), 1.0, alone_GG)
+
+
+def excess(loss_GT: Tensor, measured: Measured, weight_GT: Tensor) -> Tensor:
+    """e_g = Σ_t w_{g,t}·max(0, ℓ_{g,t} − ν_{g,t}) / V_{g,t} / Σ_t w_{g,t}, the columns weighted by their reliability.
+
+    The share of the variance of a group that is left to be learnt: hard groups have a large loss, and so do noisy ones,
+    of whose loss no more than V − ν can go.
+    """
+    left_GT = (loss_GT - measured.noise_GT).clamp(min=0) / measured.spread_GT.clamp(min=1e-12)
+    return (left_GT * weight_GT).sum(1) / weight_GT.sum(1).clamp(min=1e-300)

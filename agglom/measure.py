@@ -1,0 +1,217 @@
+"""What the last evaluation found, as the weights of the next stage see it: `core.cells.Measured` of a run.
+
+Reliability comes from the scores of validation patients that are stored with the report before a stage, so the numbers
+that set a weight are those that the report shows. Noise and spread come from one pass over a few train images. Both are
+written down, so that a resumed run goes on with the same bits.
+
+Shape suffixes: G groups, S teachers, T columns of the loss table, N scored rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from agglom import plugins, scores, targets
+from agglom.assemble import Run, batches
+from agglom.core import cells, groups, losses, metrics
+from agglom.core.cells import Measured
+from agglom.core.types import Features
+from agglom.errors import CacheError
+from agglom.job import Acquisition, Views
+from agglom.scores import Scores
+from agglom.targets import Normaliser
+
+# Train images of a group that tell its noise and its spread, and how many pairs are enough for it to have its own.
+IMAGES, ENOUGH = 64, 8
+# How a view differs from its image: by what a device does to it that leaves alone what it shows.
+NUISANCE = Views(kinds=Acquisition(blur=0.5, resolution=0.5, contrast=0.5, noise=0.5), share=1.0)
+# Half the width of an interval at 95 % in standard errors.
+Z = 1.96
+
+
+def wanted(run: Run) -> bool:
+    """Whether the balancer asks for what is measured."""
+    return bool(plugins.takes(run.job.balance.kind, "balancers", "measured"))
+
+
+def before(run: Run, stage: str, last: str, normalisers: Mapping[str, Normaliser]) -> Measured | None:
+    """What is known before `stage`, after the report of the stage `last`: on every rank, on its device.
+
+    None where the balancer does not ask for it.
+    """
+    if not wanted(run):
+        return None
+    path = _path(run, stage)
+    known = run.world.broadcast(run.world.on_main(lambda: _stored(run, stage)))
+    if known is None:
+        noise_GT, spread_GT = floors(run, normalisers)
+        known = run.world.attempt(lambda: _after(run, last) if run.world.main else {})
+        known = run.world.broadcast(known) | {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
+
+        def save() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".tmp")
+            save_file({key: value.contiguous() for key, value in known.items()}, beside, metadata=run.identity)
+            beside.replace(path)
+
+        run.world.on_main(save)
+    return Measured(**{one.name: known[one.name].to(run.world.device) for one in fields(Measured)})
+
+
+def reasons(run: Run, stage: str) -> dict[str, Any] | None:
+    """What was known when a stage began, for its report (`weights`); None where the balancer does not ask for it."""
+    known = _stored(run, stage) if wanted(run) else None
+    if known is None:
+        return None
+    steady_GS, _ = cells.steadiness(known["noise_GT"], known["spread_GT"], losses.teacher_index(run.columns))
+    return {
+        "stage": stage,
+        "teachers": teachers(run),
+        "n_patients": known["patients_G"].tolist(),
+        "auroc": known["raw_GS"].tolist(),
+        "shrunk": known["right_GS"].tolist(),
+        "student": known["student_G"].tolist(),
+        "noise": (1 - steady_GS).tolist(),
+    }
+
+
+def _path(run: Run, stage: str) -> Path:
+    return run.out / "measured" / f"{stage}.safetensors"
+
+
+def _stored(run: Run, stage: str) -> dict[str, Tensor] | None:
+    try:
+        return targets.read(_path(run, stage), run.identity)
+    except CacheError:
+        return None
+
+
+def _after(run: Run, stage: str) -> dict[str, Tensor]:
+    """The AUROC of all by the scores that were stored with the report of a stage; NaN without labels."""
+    names = teachers(run)
+    nobody = scores.Scores((), (), (), np.zeros(0, np.int64), np.zeros((0, 0, 0)))
+    path = run.out / "reports" / f"{stage}.scores.parquet"
+    found = scores.load(path, run.manifest, run.manifest.labels) if path.is_file() else nobody
+    # Apart, so that what is known of frozen teachers is the same after every stage.
+    of_teachers = of_scores(run, found, [f"teacher/{name}" for name in names])
+    of_student = of_scores(run, found, ["student"])
+    return {
+        "right_GS": of_teachers.shrunk_GP,
+        "right_S": of_teachers.pooled_P,
+        "raw_GS": of_teachers.raw_GP,
+        "patients_G": of_teachers.patients_G,
+        "student_G": of_student.shrunk_GP[:, 0],
+    }
+
+
+class Found(NamedTuple):
+    """AUROC on validation, the mean over labels: of each predictor in each group, and shrunk; over everybody. And the
+    patients of each group."""
+
+    raw_GP: Tensor
+    shrunk_GP: Tensor
+    pooled_P: Tensor
+    patients_G: Tensor
+
+
+def of_scores(run: Run, found: Scores, names: Sequence[str]) -> Found:
+    """How reliable the linear probes of some predictors are on validation, group by group.
+
+    Of each label the groups are shrunk towards everybody (`core.cells.shrunk`); one of fewer than `data.min_support`
+    patients is looked at with its parents (`core.cells.speakers`). A specialist is judged on those whom it serves. NaN
+    where no label has both classes.
+    """
+    manifest, space = run.manifest, run.balance_space
+    mine_N = manifest.split_N[found.rows_N] == "val"
+    rows_N = found.rows_N[mine_N]
+    group_N, patient_N = space.index_N[torch.as_tensor(rows_N)], torch.as_tensor(manifest.patient_N[rows_N])
+    patients_G = torch.tensor([len(patient_N[group_N == group].unique()) for group in range(len(space.values))])
+    speaks_GG = cells.speakers(space.values, patients_G, run.job.data.min_support) > 0
+    everybody_N = torch.ones_like(group_N, dtype=torch.bool)
+    members = [everybody_N, *(torch.cat([one_G, one_G.new_zeros(1)])[group_N] for one_G in speaks_GG)]
+    served = {f"teacher/{name}": served_N[torch.as_tensor(rows_N)] for name, served_N in run.served.items()}
+
+    def auroc(name: str, y_N: Tensor, p_N: Tensor) -> list[tuple[float, float]]:
+        """Value and standard error of everybody, then of each group."""
+        known_N = ~torch.isnan(y_N) & served.get(name, everybody_N)
+        kept = [member_N & known_N for member_N in members]
+        each = [metrics.evaluate("auroc", y_N[one], p_N[one], patient_N[one], min_patients=1) for one in kept]
+        return [(one.value, (one.hi - one.lo) / (2 * Z)) for one in each]
+
+    of_labels = []
+    for label in found.labels:
+        y_N = torch.as_tensor(manifest.label_NL[rows_N, manifest.labels.index(label)]).double()
+        of_all = found.of("linear", label)
+        nothing = [(math.nan, math.nan)] * len(members)
+        table = [auroc(n, y_N, torch.as_tensor(of_all[n][mine_N])) if n in of_all else nothing for n in names]
+        value_MP, error_MP = torch.tensor(table, dtype=torch.float64).permute(2, 1, 0)
+        of_labels.append(torch.cat([value_MP, cells.shrunk(value_MP[1:], error_MP[1:], value_MP[0])]))
+    unknown = torch.full((2 * len(members) - 1, len(names)), torch.nan, dtype=torch.float64)
+    mean = torch.stack([unknown, *of_labels]).nanmean(0)
+    return Found(mean[1 : len(members)], mean[len(members) :], mean[0], patients_G)
+
+
+def floors(run: Run, normalisers: Mapping[str, Normaliser]) -> tuple[Tensor, Tensor]:
+    """Noise and spread of each cell (G, T), without static weights: half the mean loss between the targets of an image
+    and of its simulated acquisition, and of two images of the group, on at most IMAGES train images of each group.
+
+    Of squared errors that is the variance within an image and between images. A group of fewer than ENOUGH pairs is
+    spoken for by its parents. A cell that no teacher serves: noise 0 and spread 1.
+    """
+    space, train_N, names = run.balance_space, run.manifest.rows("train"), teachers(run)
+    draw, group_N, device = np.random.default_rng(run.job.seed), space.index_N.numpy(), run.world.device
+    of_group = [train_N[group_N[train_N] == group] for group in range(len(space.values))]
+    rows_N = np.concatenate([draw.permutation(rows)[:IMAGES] for rows in of_group])
+    columns = tuple(column._replace(weight=1.0) for column in run.columns)
+    kinds = {"summary": run.job.loss.summary, "patches": run.job.loss.patches}
+    dispersion = {name: one.dispersion for name, one in normalisers.items() if one.dispersion is not None}
+    everybody_N = torch.ones_like(space.index_N, dtype=torch.bool)
+    served = {name: run.served.get(name, everybody_N) for name in names}
+    empty_GT = torch.zeros(len(space.values) + 1, len(columns), dtype=torch.float64, device=device)
+    sums = [empty_GT] * 4  # of noise and its images, of spread and its pairs
+    for mine, batch in batches(run, rows_N, run.plan.evaluate_size, NUISANCE):
+        if batch is None:
+            continue
+        row_B = torch.as_tensor(mine)
+        raw = [
+            targets.encode(run.teachers, names, pixels_BCHW.to(device))
+            for pixels_BCHW in (batch.pixels_BCHW, cast(Tensor, batch.student_BCHW))
+        ]
+        clean, seen = ({name: normalisers[name](one) for name, one in features.items()} for features in raw)
+        next_B = torch.arange(1, len(mine) + 1) % len(mine)
+        group_B = space.index_N[row_B]
+        alike_B = (group_B == group_B[next_B]) & (next_B > 0)
+        taught = {name: served_N[row_B] for name, served_N in served.items()}
+        paired = {name: mask_B & mask_B[next_B] & alike_B for name, mask_B in taught.items()}
+        other = {name: _rows(features, next_B) for name, features in clean.items()}
+        found: list[Tensor] = []
+        for partner, masks in ((seen, taught), (other, paired)):
+            present = {name: mask_B.to(device) for name, mask_B in masks.items()}
+            table = losses.table(columns, clean, partner, present, **kinds, dispersion=dispersion)
+            found += groups.tally(group_B.to(device), table.loss_BT, table.valid_BT, len(space.values))
+        sums = [total + part for total, part in zip(sums, found, strict=True)]
+    noise_GT, images_GT, spread_GT, pairs_GT = (run.world.sum(one)[:-1] for one in sums)
+    speaks_GG = cells.speakers(space.values, pairs_GT.amax(1), ENOUGH)
+    noise_GT, images_GT, spread_GT, pairs_GT = (speaks_GG @ one for one in (noise_GT, images_GT, spread_GT, pairs_GT))
+    known_GT = (images_GT > 0) & (pairs_GT > 0)
+    noise_GT = torch.where(known_GT, noise_GT / images_GT.clamp(min=1) / 2, 0.0)
+    return noise_GT, torch.where(known_GT, spread_GT / pairs_GT.clamp(min=1) / 2, 1.0)
+
+
+def teachers(run: Run) -> list[str]:
+    """Those of the loss table, in the order of its columns."""
+    return list(dict.fromkeys(column.teacher for column in run.columns))
+
+
+def _rows(features: Features, rows_B: Tensor) -> Features:
+    summary, patches, grid = features[:3]
+    return Features(None if summary is None else summary[rows_B], None if patches is None else patches[rows_B], grid)

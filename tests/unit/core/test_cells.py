@@ -1,0 +1,300 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agglom.core import balance
+from agglom.core.balance import Cells
+from agglom.core.cells import (
+    APART,
+    FOLLOWED,
+    SKILLED,
+    Measured,
+    excess,
+    reliability,
+    shrunk,
+    speakers,
+    standing,
+    steadiness,
+)
+from agglom.core.groups import tally
+from agglom.core.types import CellStats, LossTable
+
+NAN = math.nan
+SHARES = np.array([0.6, 0.25, 0.05])
+TEACHER = np.array([0, 0, 1])  # of three columns
+CROSSED = ("F|AP", "F|PA", "M|AP", "M|PA")
+
+
+def tensor(values):
+    return torch.tensor(np.asarray(values), dtype=torch.float64)
+
+
+def measured(seed=0, groups=3, **more):
+    rng = np.random.default_rng(seed)
+    parts = {
+        "right_GS": rng.uniform(0.5, 1, (groups, 2)),
+        "right_S": rng.uniform(0.5, 1, 2),
+        "student_G": rng.uniform(0.4, 0.9, groups),
+        "noise_GT": rng.uniform(0, 0.3, (groups, 3)),
+        "spread_GT": rng.uniform(0.3, 1, (groups, 3)),
+    }
+    return Measured(**{key: tensor(value) for key, value in (parts | more).items()})
+
+
+def of(shares=SHARES, served=None, **more):
+    served_GT = None if served is None else torch.tensor(served)
+    names = ("A", "B", "C", "D")[: len(shares)]
+    return Cells(tensor(shares), torch.tensor(TEACHER), 20, 1000, served_GT, groups=names, teachers=("x", "y"), **more)
+
+
+def stats(loss_GT, count_GT):
+    zero = np.zeros((1, loss_GT.shape[1]))
+    return CellStats(*(torch.from_numpy(np.concatenate([a, zero])) for a in (loss_GT * count_GT, count_GT)))
+
+
+# ── Reliability ──
+
+
+@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=5), st.floats(0, 20))
+@settings(max_examples=100, deadline=None)
+def test_reliability_is_one_on_average_and_keeps_the_order(skills, beta):
+    skill_GS, served_GS = tensor(skills), torch.ones(len(skills), 3, dtype=torch.bool)
+    rho_GS = reliability(skill_GS, served_GS, beta)
+    torch.testing.assert_close(rho_GS.mean(1), torch.ones(len(skills), dtype=torch.float64))
+    assert (rho_GS > 0).all()
+    assert (rho_GS.amin(1) >= FOLLOWED * rho_GS.amax(1) * (1 - 1e-9)).all()
+    better = skill_GS[:, :, None] >= skill_GS[:, None]
+    assert (rho_GS[:, :, None] - rho_GS[:, None])[better].min() >= -1e-12
+
+
+def test_reliability_by_hand():
+    served_GS = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
+    skill_GS = tensor([[0.8, 0.4, 0.9], [0.0, 0.0, 0.0], [NAN, NAN, 0.7]])
+    rho_GS = reliability(skill_GS, served_GS, 2.0)
+    torch.testing.assert_close(rho_GS[0], tensor([1.6, 0.4, 0]))
+    assert rho_GS[1].tolist() == [1, 1, 1], "nobody is above chance, so nobody is preferred"
+    torch.testing.assert_close(rho_GS[2], tensor([0.01, 0.01, 1]) * 3 / 1.02)
+    assert (reliability(skill_GS, served_GS, 0.0) == served_GS).all()
+
+
+def test_steadiness_is_the_share_of_variance_that_views_leave_alone():
+    known = measured(noise_GT=[[0.1, 0.3, 0.5]] * 2, spread_GT=[[1, 0.6, 0.25], [1, 1, 1]], groups=2)
+    kept_GS, kept_S = steadiness(known.noise_GT, known.spread_GT, torch.tensor(TEACHER))
+    torch.testing.assert_close(kept_GS, tensor([[(0.9 + 0.5) / 2, 0], [(0.9 + 0.7) / 2, 0.5]]))
+    torch.testing.assert_close(kept_S, tensor([0.75, 0.25]))
+
+
+def ref_shrunk(value_GX, error_GX, pooled_X):
+    """Cell by cell, in NumPy."""
+    known = [(g, x) for g, x in np.ndindex(value_GX.shape) if not np.isnan(value_GX[g, x] + error_GX[g, x])]
+    weight = {at: 1 / max(error_GX[at], 1e-6) ** 2 for at in known}
+    q = sum(weight[g, x] * (value_GX[g, x] - pooled_X[x]) ** 2 for g, x in known)
+    between = min(max(0, (q - len(known)) / sum(weight.values())), APART**2) if known else 0.0
+    found = np.tile(pooled_X, (len(value_GX), 1))
+    for g, x in known:
+        found[g, x] += between / (between + 1 / weight[g, x]) * (value_GX[g, x] - pooled_X[x])
+    return found
+
+
+@given(st.integers(0, 2**31), st.integers(1, 6), st.floats(0.001, 0.5))
+@settings(max_examples=60, deadline=None)
+def test_shrunk_agrees_with_numpy(seed, groups, error):
+    rng = np.random.default_rng(seed)
+    value_GX, error_GX = rng.uniform(0, 1, (groups, 3)), error * rng.uniform(0.5, 2, (groups, 3))
+    value_GX[rng.random((groups, 3)) < 0.2] = NAN
+    pooled_X = rng.uniform(0, 1, 3)
+    found = shrunk(tensor(value_GX), tensor(error_GX), tensor(pooled_X)).numpy()
+    np.testing.assert_allclose(found, ref_shrunk(value_GX, error_GX, pooled_X), rtol=1e-9)
+
+
+def test_many_patients_speak_for_themselves_and_a_dozen_do_not():
+    value_GX, pooled_X = tensor([[0.95], [0.75]]), tensor([0.9])
+    many = shrunk(value_GX, tensor([[0.01], [0.01]]), pooled_X)
+    torch.testing.assert_close(many, value_GX, atol=0.002, rtol=0)
+    few = shrunk(value_GX, tensor([[0.01], [0.15]]), pooled_X)
+    assert float(few[1]) - 0.75 > 0.01
+    assert abs(float(few[1]) - 0.9) < 0.06
+    assert float(shrunk(tensor([[NAN]]), tensor([[NAN]]), pooled_X)) == 0.9
+    alone = shrunk(tensor([[0.0], [1.0]]), tensor([[0.3], [0.3]]), pooled_X)
+    assert float(alone[0]) > 0.8, "five patients whom a probe gets all wrong"
+
+
+# ── Groups ──
+
+
+def test_a_small_crossing_is_spoken_for_by_its_parts_then_by_all():
+    """By hand: F|AP has too few, and F|PA and M|AP share a value with it; of 20 samples in all nobody has enough."""
+    found = speakers(CROSSED, torch.tensor([5, 40, 50, 60]), 30)
+    assert found.tolist() == [[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert speakers(CROSSED, torch.tensor([5, 6, 7, 60]), 30)[0].tolist() == [1, 1, 1, 1]
+    assert speakers(CROSSED, torch.tensor([5, 6, 7, 60]), 30)[1].tolist() == [1, 1, 0, 1]
+    assert speakers(("A", "B"), torch.tensor([5, 60]), 30).tolist() == [[1, 1], [0, 1]]
+    assert speakers(CROSSED, torch.tensor([0, 0, 0, 0]), 0).tolist() == torch.eye(4).tolist()
+
+
+def test_standing_tells_noise_from_a_student_that_lags():
+    right_GS = [[0.9, 0.7], [0.5, 0.4], [NAN, NAN]]
+    known = measured(right_GS=right_GS, student_G=[0.7, 0.6, 0.6])
+    best_G, lag_G = standing(known, torch.ones(3, 2, dtype=torch.bool))
+    torch.testing.assert_close(best_G, tensor([0.8, 0.0, NAN]), equal_nan=True)
+    torch.testing.assert_close(lag_G, tensor([0.5, 0.0, 0.0]))
+    only_second = torch.tensor([[False, True]] * 3)
+    torch.testing.assert_close(standing(known, only_second)[1][0], tensor(0.0))
+    assert standing(measured(student_G=[NAN] * 3), only_second)[1].tolist() == [0, 0, 0]
+
+
+class Reference:
+    """`balance.cells` step by step in NumPy, with three groups of enough rows."""
+
+    def __init__(self, known, beta, gamma, tau, ema, floor, cap):
+        known = {key: getattr(known, key).numpy() for key in known.__dataclass_fields__}
+        skill = np.maximum(2 * known["right_GS"] - 1, 0)
+        best = skill.max(1)
+        worth = np.maximum((skill / best[:, None]) ** beta, FOLLOWED)
+        self.rho = 2 * worth / worth.sum(1, keepdims=True)
+        lag = np.clip(1 - np.maximum(2 * known["student_G"] - 1, 0) / best, 0, 1)
+        self.base = SHARES**gamma * np.clip(best / SKILLED, FOLLOWED, 1) * np.exp(lag / tau)
+        self.tau, self.ema, self.floor, self.cap, self.known = tau, ema, floor, cap, known
+        self.average, self.q = None, self.bounded(self.base)
+
+    def bounded(self, mass):
+        """The scale by bisection; a mixture with the shares."""
+        total, most = (1 - self.floor) * SHARES.sum(), (self.cap - self.floor) * SHARES
+
+        def taken(scale):
+            with np.errstate(over="ignore"):
+                return np.minimum(scale * mass, most)
+
+        low, high = 0.0, 1e300
+        for _ in range(100):
+            middle = math.sqrt(max(low, 1e-300) * high)
+            low, high = (middle, high) if taken(middle).sum() < total else (low, middle)
+        return self.floor * SHARES + taken(high)
+
+    def step(self, loss_GT):
+        self.average = loss_GT if self.average is None else (1 - self.ema) * self.average + self.ema * loss_GT
+        left = np.maximum(self.average - self.known["noise_GT"], 0) / self.known["spread_GT"]
+        weight = self.rho[:, TEACHER]
+        self.q = self.bounded(self.base * np.exp((left * weight).sum(1) / weight.sum(1) / self.tau))
+
+
+@given(st.integers(0, 2**31), st.floats(0, 12), st.floats(0, 1), st.floats(0.05, 2), st.floats(0, 0.9), st.floats(1, 9))
+@settings(max_examples=40, deadline=None)
+def test_the_balancer_agrees_with_numpy(seed, beta, gamma, tau, floor, cap):
+    rng, known = np.random.default_rng(seed), measured(seed)
+    settings_ = {"beta": beta, "gamma": gamma, "tau": tau, "floor": floor, "cap": cap}
+    reference = Reference(known, ema=0.3, **settings_)
+    balancer = balance.cells(cells=of(), measured=known, ema=0.3, **settings_)
+    state = balancer.init()
+    np.testing.assert_allclose(state["q_G"], reference.q, rtol=1e-6)
+    for _ in range(6):
+        loss_GT = rng.random((3, 3))
+        reference.step(loss_GT)
+        state = balancer.update(state, stats(loss_GT, rng.integers(1, 9, (3, 3)).astype(float)))
+        np.testing.assert_allclose(state["q_G"], reference.q, rtol=1e-6)
+    table = LossTable(torch.rand(3, 3), torch.ones(3, 3, dtype=torch.bool))
+    w_BT = balancer.weigh(state, table, torch.arange(3))
+    expected = (reference.q / SHARES)[:, None] * reference.rho[:, TEACHER] / 20
+    np.testing.assert_allclose(w_BT, expected, rtol=1e-5)
+
+
+def test_a_sample_of_no_group_counts_once_and_hears_the_teachers_as_everybody_does():
+    known = measured(right_S=[0.9, 0.7])
+    balancer = balance.cells(cells=of(), measured=known, beta=2.0)
+    table = LossTable(torch.rand(1, 3), torch.ones(1, 3, dtype=torch.bool))
+    w_BT = balancer.weigh(balancer.init(), table, torch.tensor([-1])) * 20
+    torch.testing.assert_close(w_BT[0], torch.tensor([1.6, 1.6, 0.4]))
+
+
+def test_a_group_absent_from_a_step_keeps_its_weight():
+    balancer = balance.cells(cells=of(), measured=measured())
+    count_GT, loss_GT = np.ones((3, 3)), np.random.default_rng(0).random((3, 3))
+    state = balancer.update(balancer.init(), stats(loss_GT, count_GT))
+    count_GT[1] = 0
+    after = balancer.update(state, stats(loss_GT[::-1].copy(), count_GT))
+    assert after["q_G"][1] == state["q_G"][1]
+    assert after["q_G"][0] != state["q_G"][0]
+    torch.testing.assert_close(after["q_G"].sum(), tensor(SHARES.sum()))
+    nothing = balancer.update(after, stats(np.zeros((3, 3)), np.zeros((3, 3))))
+    assert all(torch.equal(nothing[key], after[key]) for key in after)
+
+
+def test_a_group_of_a_few_rows_has_the_losses_of_all():
+    """Of 1,000 rows group C has 5, which the others' speak for."""
+    shares = np.array([0.6, 0.395, 0.005])
+    balancer = balance.cells(cells=of(shares), measured=measured(), support=30)
+    loss_GT, count_GT = np.array([[0.2] * 3, [0.4] * 3, [9.0] * 3]), np.array([[6.0] * 3, [4.0] * 3, [0.0] * 3])
+    state = balancer.update(balancer.init(), stats(loss_GT, count_GT))
+    torch.testing.assert_close(state["loss_GT"][2], tensor([0.28] * 3))
+
+
+def test_a_group_that_is_noise_takes_nothing_from_the_others():
+    """Its loss cannot fall, and no teacher reads anything there: it ends at the floor, however large its loss."""
+    known = measured(
+        right_GS=[[0.9, 0.9], [0.9, 0.9], [0.5, 0.5]],
+        student_G=[0.8, 0.8, 0.5],
+        noise_GT=[[0.1] * 3, [0.1] * 3, [0.9] * 3],
+        spread_GT=[[1.0] * 3] * 3,
+    )
+    balancer = balance.cells(cells=of(), measured=known, gamma=1.0, tau=0.15, floor=0.1)
+    state = balancer.update(balancer.init(), stats(np.array([[0.3] * 3, [0.5] * 3, [1.5] * 3]), np.ones((3, 3))))
+    ratio = state["q_G"].numpy() / SHARES
+    assert ratio[1] > ratio[0] > 0.5
+    assert 0.1 <= ratio[2] < 0.5
+
+
+def test_without_measurements_it_only_tempers_the_shares():
+    balancer = balance.cells(cells=of(), gamma=0.5, floor=0.0, cap=100.0)
+    state = balancer.update(balancer.init(), stats(np.random.default_rng(0).random((3, 3)), np.ones((3, 3))))
+    expected = SHARES**0.5
+    np.testing.assert_allclose(state["q_G"], expected / expected.sum() * SHARES.sum())
+
+
+def test_everything_alike_is_uniform():
+    known = measured(
+        right_GS=[[0.9, 0.9]] * 3,
+        right_S=[0.9] * 2,
+        student_G=[NAN] * 3,
+        noise_GT=[[0.1] * 3] * 3,
+        spread_GT=[[1.0] * 3] * 3,
+    )
+    balancer = balance.cells(cells=of(), measured=known, gamma=1.0)
+    state = balancer.update(balancer.init(), stats(np.full((3, 3), 0.4), np.ones((3, 3))))
+    np.testing.assert_allclose(state["q_G"], SHARES, rtol=1e-12)
+    table = LossTable(torch.rand(4, 3), torch.ones(4, 3, dtype=torch.bool))
+    torch.testing.assert_close(balancer.weigh(state, table, torch.tensor([0, 1, 2, -1])), torch.full((4, 3), 1 / 20))
+
+
+def test_micro_batches_add_up():
+    """Two halves of a batch leave the state that the whole does."""
+    group_B, loss_BT = torch.randint(-1, 3, (40,)), torch.rand(40, 3)
+    valid_BT = torch.ones(40, 3, dtype=torch.bool)
+    parts = [tally(group_B[half], loss_BT[half], valid_BT[half], 3) for half in (slice(0, 17), slice(17, 40))]
+    balancer = balance.cells(cells=of(), measured=measured())
+    whole = balancer.update(balancer.init(), tally(group_B, loss_BT, valid_BT, 3))
+    added = balancer.update(balancer.init(), CellStats(*(a + b for a, b in zip(*parts, strict=True))))
+    for key in whole:
+        torch.testing.assert_close(whole[key], added[key])
+
+
+def test_a_specialist_weighs_only_where_it_serves():
+    served = [[True, True, True], [True, True, False], [True, True, True]]
+    balancer = balance.cells(cells=of(served=served), measured=measured())
+    table = LossTable(torch.rand(3, 3), torch.ones(3, 3, dtype=torch.bool))
+    w_BT = balancer.weigh(balancer.init(), table, torch.arange(3))
+    assert w_BT[1, 2] == 0
+    assert (w_BT[1, :2] > 0).all()
+    assert excess(torch.ones(3, 3).double(), measured(), w_BT.double()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("beta", -1), ("gamma", 2), ("tau", 0), ("ema", 0), ("floor", 2), ("cap", 0.5), ("support", -1)],
+)
+def test_options_out_of_range(option, value):
+    with pytest.raises(ValueError, match=f"balance cells: {option} is {value}"):
+        balance.cells(cells=of(), **{option: value})
