@@ -286,10 +286,10 @@ def problems(job: Job) -> Iterator[Problem]:
     if job.balance.proxies is not None:
         yield from _check_named(job, ("balance", "proxies", "teacher"), [job.balance.proxies.teacher])
     by = plugins.given(job.balance.kind, "balancers", job.balance.options, "by")
-    if plugins.takes(job.balance.kind, "balancers", "measured") and by == "labels" and not job.data.labels:
+    if plugins.takes(job.balance.kind, "balancers", "measured") and by in ("labels", "images") and not job.data.labels:
         yield (
             ("balance", "options", "by"),
-            "'labels' asks how well probes read labels from each teacher, and data.labels is empty; name labels there, "
+            f"{by!r} asks how well probes read labels from each teacher, and data.labels is empty; name labels there, "
             "or set this to views",
         )
     yield from _check_balanced_teachers(job)

@@ -9,7 +9,6 @@ Shape suffixes: G groups, S teachers, T columns of the loss table, N scored rows
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from agglom import plugins, scores, targets
+from agglom import confidence, plugins, scores, targets
 from agglom.assemble import Run, batches
 from agglom.core import cells, groups, losses, metrics
 from agglom.core.cells import Measured
@@ -28,6 +27,7 @@ from agglom.core.types import Features
 from agglom.errors import CacheError
 from agglom.job import Acquisition, Views
 from agglom.scores import Scores
+from agglom.survey import Survey
 from agglom.targets import Normaliser
 
 # Train images of a group that tell its noise and its spread, and how many pairs are enough for it to have its own.
@@ -43,10 +43,12 @@ def wanted(run: Run) -> bool:
     return bool(plugins.takes(run.job.balance.kind, "balancers", "measured"))
 
 
-def before(run: Run, stage: str, last: str, normalisers: Mapping[str, Normaliser]) -> Measured | None:
+def before(
+    run: Run, stage: str, last: str, normalisers: Mapping[str, Normaliser], surveyed: Survey | None
+) -> Measured | None:
     """What is known before `stage`, after the report of the stage `last`: on every rank, on its device.
 
-    None where the balancer does not ask for it.
+    None where the balancer does not ask for it. `surveyed` is of rank 0.
     """
     if not wanted(run):
         return None
@@ -54,7 +56,7 @@ def before(run: Run, stage: str, last: str, normalisers: Mapping[str, Normaliser
     known = run.world.broadcast(run.world.on_main(lambda: _stored(run, stage)))
     if known is None:
         noise_GT, spread_GT = floors(run, normalisers)
-        known = run.world.attempt(lambda: _after(run, last) if run.world.main else {})
+        known = run.world.attempt(lambda: {} if surveyed is None else _after(run, last) | _of_images(run, surveyed))
         known = run.world.broadcast(known) | {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
 
         def save() -> None:
@@ -64,7 +66,8 @@ def before(run: Run, stage: str, last: str, normalisers: Mapping[str, Normaliser
             beside.replace(path)
 
         run.world.on_main(save)
-    return Measured(**{one.name: known[one.name].to(run.world.device) for one in fields(Measured)})
+    here = {one.name: known[one.name].to(run.world.device) for one in fields(Measured) if one.name in known}
+    return Measured(**here)
 
 
 def reasons(run: Run, stage: str) -> dict[str, Any] | None:
@@ -113,6 +116,14 @@ def _after(run: Run, stage: str) -> dict[str, Tensor]:
     }
 
 
+def _of_images(run: Run, surveyed: Survey) -> dict[str, Tensor]:
+    """How sure it is that teachers are right on train images, where the balancer asks; once, as they are frozen."""
+    if plugins.given(run.job.balance.kind, "balancers", run.job.balance.options, "by") != "images":
+        return {}
+    known = _stored(run, run.plan.stages[0].name) or {}
+    return {"sure_NS": known["sure_NS"] if known else confidence.measure(run, surveyed, teachers(run))}
+
+
 class Found(NamedTuple):
     """AUROC on validation, the mean over labels: of each predictor in each group, and shrunk; over everybody. And the
     patients of each group."""
@@ -124,39 +135,51 @@ class Found(NamedTuple):
 
 
 def of_scores(run: Run, found: Scores, names: Sequence[str]) -> Found:
-    """How reliable the linear probes of some predictors are on validation, group by group.
-
-    Of each label the groups are shrunk towards everybody (`core.cells.shrunk`); one of fewer than `data.min_support`
-    patients is looked at with its parents (`core.cells.speakers`). A specialist is judged on those whom it serves. NaN
-    where no label has both classes.
-    """
+    """How reliable the linear probes of some predictors are on validation. A specialist is judged on whom it serves."""
     manifest, space = run.manifest, run.balance_space
     mine_N = manifest.split_N[found.rows_N] == "val"
-    rows_N = found.rows_N[mine_N]
-    group_N, patient_N = space.index_N[torch.as_tensor(rows_N)], torch.as_tensor(manifest.patient_N[rows_N])
-    patients_G = torch.tensor([len(patient_N[group_N == group].unique()) for group in range(len(space.values))])
-    speaks_GG = cells.speakers(space.values, patients_G, run.job.data.min_support) > 0
+    rows_N = torch.as_tensor(found.rows_N[mine_N])
+    score_LPN = torch.full((len(found.labels), len(names), len(rows_N)), torch.nan, dtype=torch.float64)
+    for label, score_PN in zip(found.labels, score_LPN, strict=True):
+        for name, score_N in found.of("linear", label).items():
+            if name in names:
+                score_PN[names.index(name)] = torch.as_tensor(score_N[mine_N])
+    for index, name in enumerate(names):
+        if (served_N := run.served.get(name.removeprefix("teacher/"))) is not None:
+            score_LPN[:, index, ~served_N[rows_N]] = torch.nan
+    columns = [manifest.labels.index(label) for label in found.labels]
+    label_LN = torch.as_tensor(manifest.label_NL[rows_N][:, columns].T).double()
+    patient_N = torch.as_tensor(manifest.patient_N)[rows_N]
+    least = run.job.data.min_support
+    return judged(label_LN, score_LPN, patient_N, space.index_N[rows_N], space.values, least)
+
+
+def judged(
+    label_LN: Tensor, score_LPN: Tensor, patient_N: Tensor, group_N: Tensor, values: tuple[str, ...], least: int
+) -> Found:
+    """AUROC of predictors by group, the mean over labels; NaN is a label or a score that is not known.
+
+    Of each label the groups are shrunk towards everybody (`core.cells.shrunk`); one of fewer than `least` patients is
+    looked at with its parents (`core.cells.speakers`). NaN where no label has both classes.
+    """
+    patients_G = torch.tensor([len(patient_N[group_N == group].unique()) for group in range(len(values))])
+    speaks_GG = cells.speakers(values, patients_G, least) > 0
     everybody_N = torch.ones_like(group_N, dtype=torch.bool)
     members = [everybody_N, *(torch.cat([one_G, one_G.new_zeros(1)])[group_N] for one_G in speaks_GG)]
-    served = {f"teacher/{name}": served_N[torch.as_tensor(rows_N)] for name, served_N in run.served.items()}
 
-    def auroc(name: str, y_N: Tensor, p_N: Tensor) -> list[tuple[float, float]]:
+    def auroc(y_N: Tensor, p_N: Tensor) -> list[tuple[float, float]]:
         """Value and standard error of everybody, then of each group."""
-        known_N = ~torch.isnan(y_N) & served.get(name, everybody_N)
+        known_N = ~(torch.isnan(y_N) | torch.isnan(p_N))
         kept = [member_N & known_N for member_N in members]
         each = [metrics.evaluate("auroc", y_N[one], p_N[one], patient_N[one], min_patients=1) for one in kept]
         return [(one.value, (one.hi - one.lo) / (2 * Z)) for one in each]
 
-    of_labels = []
-    for label in found.labels:
-        y_N = torch.as_tensor(manifest.label_NL[rows_N, manifest.labels.index(label)]).double()
-        of_all = found.of("linear", label)
-        nothing = [(math.nan, math.nan)] * len(members)
-        table = [auroc(n, y_N, torch.as_tensor(of_all[n][mine_N])) if n in of_all else nothing for n in names]
-        value_MP, error_MP = torch.tensor(table, dtype=torch.float64).permute(2, 1, 0)
+    of_labels = [torch.full((2 * len(members) - 1, score_LPN.shape[1]), torch.nan, dtype=torch.float64)]
+    for y_N, score_PN in zip(label_LN, score_LPN, strict=True):
+        table = torch.tensor([auroc(y_N, p_N) for p_N in score_PN], dtype=torch.float64)
+        value_MP, error_MP = table.permute(2, 1, 0)
         of_labels.append(torch.cat([value_MP, cells.shrunk(value_MP[1:], error_MP[1:], value_MP[0])]))
-    unknown = torch.full((2 * len(members) - 1, len(names)), torch.nan, dtype=torch.float64)
-    mean = torch.stack([unknown, *of_labels]).nanmean(0)
+    mean = torch.stack(of_labels).nanmean(0)
     return Found(mean[1 : len(members)], mean[len(members) :], mean[0], patients_G)
 
 

@@ -8,12 +8,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
 STRENGTHS = tuple(10.0**power for power in range(-5, 2))
+STEPS = 200
 TEMPERATURE = 0.07
 CLIP = 1e-3
 
@@ -23,12 +28,13 @@ class Readout:
     """Calibrated probabilities of all rows, and how they came about.
 
     `read` is the linear probe for other features (N, D) of the same encoder: probabilities before calibration, clipped
-    as that clips them, so that they rank images as `scores_N` does.
+    as that clips them, so that they rank images as `scores_N` does. `strength` is the one that validation chose for it.
     """
 
     scores_N: np.ndarray
     note: str = ""
     read: Callable[[Tensor], np.ndarray] | None = None
+    strength: float | None = None
 
 
 def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N: np.ndarray) -> Readout | None:
@@ -36,36 +42,44 @@ def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N:
 
     `train_N` and `val_N` are masks of rows with a known label. None where train has a single class.
     """
-    from scipy.special import expit
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
     if len(np.unique(label_N[train_N])) < 2:
         return None
-    x_ND = features_ND.double().numpy()
-    mean_D, std_D = x_ND[train_N].mean(0), x_ND[train_N].std(0)
-    # A direction that train images do not vary in carries nothing but rounding.
-    scale_D = np.where(std_D > 1e-6 * max(std_D.max(), 1e-300), std_D, np.inf)
-    x_ND = (x_ND - mean_D) / scale_D
     judged = len(np.unique(label_N[val_N])) == 2
-    model = LogisticRegression(max_iter=200, warm_start=True)
-    best, scores_N, weight_D, bias = np.inf, np.full(len(label_N), np.nan), np.zeros(x_ND.shape[1]), 0.0
+    model, tried = LogisticRegression(max_iter=STEPS, warm_start=True), []
     for strength in STRENGTHS if judged else (1e-3,):
         model.C = strength
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # 200 steps from the last optimum are close enough
-            model.fit(x_ND[train_N], label_N[train_N])
-        found_N = model.predict_proba(x_ND)[:, 1]
+        probe = fit(model, features_ND, label_N, train_N)
+        found_N = probe(features_ND)
         loss = log_loss(label_N[val_N], found_N[val_N], labels=[0, 1]) if judged else 0.0
-        if loss < best:
-            best, scores_N, weight_D, bias = loss, found_N, model.coef_[0].copy(), float(model.intercept_[0])
+        tried.append((loss, strength, probe, found_N))
+    _, strength, chosen, scores_N = min(tried, key=lambda one: one[0])
 
     def read(features_ND: Tensor) -> np.ndarray:
-        x_ND = (features_ND.double().numpy() - mean_D) / scale_D
-        return np.clip(expit(x_ND @ weight_D + bias), CLIP, 1 - CLIP)
+        return np.clip(chosen(features_ND), CLIP, 1 - CLIP)
 
-    return replace(calibrated(scores_N, label_N, val_N), read=read)
+    return replace(calibrated(scores_N, label_N, val_N), read=read, strength=strength)
+
+
+def fit(
+    model: LogisticRegression, features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray
+) -> Callable[[Tensor], np.ndarray]:
+    """What reads the probability of a label from features (N, D), fitted on those of `train_N` (mask or indices) and
+    standardised as these are."""
+    from scipy.special import expit
+    from sklearn.exceptions import ConvergenceWarning
+
+    x_ND = features_ND[torch.as_tensor(train_N)].double().numpy()
+    mean_D, std_D = x_ND.mean(0), x_ND.std(0)
+    # A direction that train images do not vary in carries nothing but rounding.
+    scale_D = np.where(std_D > 1e-6 * max(std_D.max(), 1e-300), std_D, np.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # what is left after `STEPS` is little
+        model.fit((x_ND - mean_D) / scale_D, label_N[train_N])
+    weight_D, bias = model.coef_[0].copy(), float(model.intercept_[0])
+    return lambda features_ND: expit((features_ND.double().numpy() - mean_D) / scale_D @ weight_D + bias)
 
 
 def nearest(

@@ -109,7 +109,7 @@ def train(loop: Loop, stage: ResolvedStage, state: State) -> State:
                 summary=run.job.loss.summary,
                 patches=run.job.loss.patches,
                 dispersion=dispersion,
-            )._replace(trunk_BD=trunk.summary_BD)
+            )._replace(trunk_BD=trunk.summary_BD, row_B=batch.row_B)
             weight_BT = loop.balancer.weigh(state.balance, table, batch.group_B, generator)
             term = _mfd(loop, predicted, wanted, present, batch)
             mfd = mfd + term.detach()

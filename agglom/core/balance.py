@@ -17,7 +17,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from agglom.core.cells import FOLLOWED, SKILLED, Measured, excess, reliability, skill, speakers, standing, steadiness
+from agglom.core.cells import (
+    FOLLOWED,
+    SKILLED,
+    Measured,
+    excess,
+    listening,
+    reliability,
+    skill,
+    speakers,
+    standing,
+    steadiness,
+)
 from agglom.core.types import Balancer, CellStats, LossTable
 
 State = dict[str, Tensor]
@@ -81,7 +92,7 @@ def cells(
     *,
     cells: Cells,
     measured: Measured | None = None,
-    by: Literal["labels", "views"] = "labels",
+    by: Literal["labels", "images", "views"] = "labels",
     beta: float = 6.0,
     gamma: float = 0.5,
     tau: float = 0.5,
@@ -89,12 +100,15 @@ def cells(
     floor: float = 0.1,
     cap: float = 10.0,
     support: int = 30,
+    temperature: float = 0.05,
 ) -> Balancer:
     """Teachers count by measured reliability, groups by what is left to learn.
 
     A sample of group g weighs (q_g / p_g)·ρ_{s|g} / B for teacher s, from what is `measured` before a stage:
 
-    - ρ_{s|g} ∝ skill_{g,s}^`beta`, skill = 2·AUROC − 1, see `core.cells.reliability`;
+    - ρ_{s|g} ∝ skill_{g,s}^`beta`, skill = 2·AUROC − 1, see `core.cells.reliability`; `by` views it is what views of an
+      image leave as it is (`core.cells.steadiness`), `by` images ρ_{s|i} ∝ exp(p̂_{i,s} / `temperature`) of each image i
+      instead, p̂ how probable it is that the teacher's probe is right on it (`core.cells.listening`);
     - q_g ∝ p_g^`gamma` · exp((e_g + lag_g) / `tau`), e_g the excess loss (`core.cells.excess`) as a moving average in
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
       evaluation; times what the best teacher is above chance where that is below .2, so that a group that is only
@@ -102,9 +116,11 @@ def cells(
 
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
     a step keeps its weight, and the others share theirs. A sample without annotation has q = p and the ρ of everybody.
+    An image of which p̂ is not known for all teachers of its group has what labels say; wrong groups mislead p̂ little.
     Where nothing is measured yet, ρ = 1 and q ∝ p^`gamma`: without labels there is no reliability.
     State: as that of `group_dro`.
-    Raises ValueError unless beta ≥ 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap and support ≥ 0.
+    Raises ValueError unless beta ≥ 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap, support ≥ 0 and
+    temperature > 0.
     """
     _require(
         "cells",
@@ -115,21 +131,24 @@ def cells(
         floor=(floor, 0 <= floor <= 1, "in [0, 1]"),
         cap=(cap, cap >= 1, "≥ 1"),
         support=(support, support >= 0, "≥ 0"),
+        temperature=(temperature, temperature > 0, "> 0"),
     )
     share_G, known = cells.share_G.double(), measured
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
     speaks_GG, follow = speakers(cells.groups, count_G, support), _following(cells, ema)
     base_G = torch.where(share_G > 0, share_G**gamma, 0.0)
-    rho_GS = cells.served_GS.double()
+    served_GS = cells.served_GS
+    rho_GS = served_GS.double()
     rho_S = rho_GS.amax(0)
     if known is not None:
         skill_GS, skill_S = skill(known.right_GS), skill(known.right_S)
         if by == "views":
             skill_GS, skill_S = steadiness(known.noise_GT, known.spread_GT, cells.teacher_T)
-        rho_GS = reliability(skill_GS, cells.served_GS, beta)
-        rho_S = reliability(skill_S[None], cells.served_GS.any(0)[None], beta)[0]
-        best_G, lag_G = standing(known, cells.served_GS)
+        rho_GS = reliability(skill_GS, served_GS, beta)
+        rho_S = reliability(skill_S[None], served_GS.any(0)[None], beta)[0]
+        best_G, lag_G = standing(known, served_GS)
         base_G = base_G * (best_G / SKILLED).clamp(FOLLOWED, 1).nan_to_num(1.0) * torch.exp(lag_G / tau)
+    sure_NS = known.sure_NS if known is not None and by == "images" else None
     weigh_groups = _weigh_by_group(cells)
 
     def tempered(q_G: Tensor, here_G: Tensor, mass: Tensor) -> Tensor:
@@ -142,7 +161,12 @@ def cells(
         return _unmoved(cells) | {"q_G": tempered(base_G, share_G > 0, share_G.sum())}
 
     def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        rho_BS = torch.where(group_B[:, None] < 0, rho_S, rho_GS[group_B.clamp(min=0)])
+        nobody_B1, index_B = group_B[:, None] < 0, group_B.clamp(min=0)
+        rho_BS = torch.where(nobody_B1, rho_S, rho_GS[index_B])
+        if sure_NS is not None and table.row_B is not None:
+            served_BS = torch.where(nobody_B1, served_GS.any(0), served_GS[index_B])
+            own_BS = listening(sure_NS[table.row_B], served_BS, temperature)
+            rho_BS = torch.where(own_BS.isnan(), rho_BS, own_BS)
         return weigh_groups(state, table, group_B) * rho_BS.to(table.loss_BT.dtype)[:, cells.teacher_T]
 
     def update(state: State, stats: CellStats) -> State:

@@ -4,7 +4,8 @@ Two questions are kept apart, as mixing them hurts: which teacher a sample shoul
 measured reliability and never by the loss, and how much a group counts, which the losses and what the evaluation found
 decide (`balance.cells`).
 
-Shape suffixes: N rows of the manifest, G groups, S teachers, T columns of the loss table, X values to be pooled.
+Shape suffixes: N rows of the manifest, B batch, G groups, S teachers, T columns of the loss table, X values to be
+pooled.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Measured:
     `right_GS`: AUROC of a teacher's probe in a group, shrunk towards that over everybody by its uncertainty (`shrunk`),
     and `right_S` over everybody. `student_G`: the same of the student, NaN before it has learnt anything. `noise_GT`
     and `spread_GT`: half the mean loss between the targets of two views of an image, and of two images of the group,
-    without static weights.
+    without static weights. `sure_NS` (float32), where it is asked for: how probable it is that a teacher's probe is
+    right on an image (`agglom.confidence`).
     """
 
     right_GS: Tensor
@@ -37,6 +39,7 @@ class Measured:
     student_G: Tensor
     noise_GT: Tensor
     spread_GT: Tensor
+    sure_NS: Tensor | None = None
 
 
 def skill(right: Tensor) -> Tensor:
@@ -65,7 +68,22 @@ def reliability(skill_GS: Tensor, served_GS: Tensor, beta: float) -> Tensor:
     skill_GS = torch.where(served_GS, skill_GS.nan_to_num(0.0), 0.0)
     best_G1 = skill_GS.amax(1, keepdim=True)
     ratio_GS = torch.where(best_G1 > 0, skill_GS / best_G1.clamp(min=1e-300), 1.0)
-    worth_GS = torch.where(served_GS, (ratio_GS**beta).clamp(min=FOLLOWED), 0.0)
+    return _one_on_average(ratio_GS**beta, served_GS)
+
+
+def listening(sure_BS: Tensor, served_BS: Tensor, temperature: float) -> Tensor:
+    """ρ_{s|i} = S_i·softmax_s(p̂_{i,s} / T), p̂ how probable it is that a teacher is right on an image: 1 on average over
+    the S_i teachers that serve it, 0 for the others, none less than FOLLOWED of the best.
+
+    NaN for an image of which p̂ of a teacher that serves it is not known.
+    """
+    sure_BS = torch.where(served_BS, sure_BS.double(), -torch.inf)
+    return _one_on_average(torch.exp((sure_BS - sure_BS.amax(1, keepdim=True)) / temperature), served_BS)
+
+
+def _one_on_average(worth_GS: Tensor, served_GS: Tensor) -> Tensor:
+    """What each teacher is worth relative to the best, as weights over those that serve."""
+    worth_GS = torch.where(served_GS, worth_GS.clamp(min=FOLLOWED), 0.0)
     return worth_GS * served_GS.sum(1, keepdim=True) / worth_GS.sum(1, keepdim=True).clamp(min=1e-300)
 
 

@@ -159,12 +159,14 @@ class LossTable(NamedTuple):
     """The waist: the loss of each sample under each column (teacher, kind), before any weighting.
 
     `loss_BT` is finite where `valid_BT` is true; invalid cells weigh nothing and carry no gradient. For balancers that
-    weigh a sample by more than its losses: the student's summary, `trunk_BD`, from which they were computed.
+    weigh a sample by more than its losses: the student's summary, `trunk_BD`, from which they were computed, and the
+    samples' rows of the manifest, `row_B`.
     """
 
     loss_BT: Tensor
     valid_BT: Tensor
     trunk_BD: Tensor | None = None
+    row_B: Tensor | None = None
 
 
 class CellStats(NamedTuple):

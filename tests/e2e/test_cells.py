@@ -5,8 +5,12 @@ import csv
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
+
+from agglom.core import losses
+from agglom.core.cells import listening
 
 CONFIGURATION = 2
 CELLS = {
@@ -49,6 +53,35 @@ def test_what_a_report_says_sets_the_weights_of_the_next_stage(lab, stop_at, cap
     assert lab.same(lab.weights(again), lab.weights(out))
     assert lab.distill("again", CELLS | {"data.min_support": 3}) != 0
     assert "config.data.min_support was 2 and is 3" in capsys.readouterr().err
+
+
+def test_images_of_a_group_hear_teachers_by_how_sure_these_are_of_them(lab, monkeypatch, capsys):
+    changes = CELLS | {"balance": CELLS["balance"] | {"options": {"support": 2, "by": "images", "temperature": 0.5}}}
+    assert lab.distill("out", changes | {"data.labels": []}) == CONFIGURATION
+    assert "balance.options.by: 'images' asks how well probes read labels" in capsys.readouterr().err
+    seen, real = [], losses.objective
+
+    def objective(table, weight_BT):
+        seen.append((table.row_B, table.valid_BT, weight_BT))
+        return real(table, weight_BT)
+
+    monkeypatch.setattr(losses, "objective", objective)
+    out = lab.run("out", changes)
+    first, second = (load_file(out / "measured" / f"{stage}.safetensors")["sure_NS"] for stage in ("warm", "full"))
+    with (lab.images / "manifest.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    train_N = torch.tensor([row["split"] == "train" for row in rows])
+    assert first.dtype == torch.float32
+    assert first[~train_N].isnan().all()
+    assert ((first[train_N] > 0) & (first[train_N] < 1)).all()
+    assert torch.equal(first[train_N], second[train_N]), "teachers are frozen"
+    row_B, valid_BT, weight_BT = (torch.cat(parts) for parts in zip(*seen[-2:], strict=True))
+    rho_BS = listening(first[row_B], torch.ones(len(row_B), 3, dtype=torch.bool), 0.5)
+    share_BT = weight_BT / weight_BT.sum(1, keepdim=True)
+    expected_BT = rho_BS.repeat_interleave(2, 1).float() / 6
+    torch.testing.assert_close(share_BT, expected_BT)
+    assert valid_BT.all()
+    assert len(share_BT[:, 0].unique()) > 2, "more than one for each group"
 
 
 def test_without_labels_it_asks_for_views(lab, capsys):

@@ -14,6 +14,7 @@ from agglom.core.cells import (
     SKILLED,
     Measured,
     excess,
+    listening,
     reliability,
     shrunk,
     speakers,
@@ -151,7 +152,7 @@ class Reference:
     """`balance.cells` step by step in NumPy, with three groups of enough rows."""
 
     def __init__(self, known, beta, gamma, tau, ema, floor, cap):
-        known = {key: getattr(known, key).numpy() for key in known.__dataclass_fields__}
+        known = {key: getattr(known, key).numpy() for key in known.__dataclass_fields__ if key != "sure_NS"}
         skill = np.maximum(2 * known["right_GS"] - 1, 0)
         best = skill.max(1)
         worth = np.maximum((skill / best[:, None]) ** beta, FOLLOWED)
@@ -293,8 +294,78 @@ def test_a_specialist_weighs_only_where_it_serves():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("beta", -1), ("gamma", 2), ("tau", 0), ("ema", 0), ("floor", 2), ("cap", 0.5), ("support", -1)],
+    [
+        ("beta", -1),
+        ("gamma", 2),
+        ("tau", 0),
+        ("ema", 0),
+        ("floor", 2),
+        ("cap", 0.5),
+        ("support", -1),
+        ("temperature", 0),
+    ],
 )
 def test_options_out_of_range(option, value):
     with pytest.raises(ValueError, match=f"balance cells: {option} is {value}"):
         balance.cells(cells=of(), **{option: value})
+
+
+# ── Image by image ──
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.floats(0.01, 2))
+@settings(max_examples=60, deadline=None)
+def test_listening_agrees_with_numpy(seed, teachers, temperature):
+    rng = np.random.default_rng(seed)
+    sure_BS, served_BS = rng.random((20, teachers)), rng.random((20, teachers)) < 0.7
+    sure_BS[rng.random((20, teachers)) < 0.1] = NAN
+    found_BS = listening(tensor(sure_BS), torch.tensor(served_BS), temperature).numpy()
+    for sure_S, served_S, found_S in zip(sure_BS, served_BS, found_BS, strict=True):
+        if np.isnan(sure_S[served_S]).any():
+            assert np.isnan(found_S).all()
+            continue
+        worth_S = np.zeros(teachers)
+        worth_S[served_S] = np.exp(sure_S[served_S] / temperature) / np.exp(sure_S[served_S] / temperature).sum()
+        worth_S[served_S] = np.maximum(worth_S, FOLLOWED * worth_S.max())[served_S]
+        np.testing.assert_allclose(found_S, served_S.sum() * worth_S / max(worth_S.sum(), 1e-300), rtol=1e-9)
+
+
+def test_listening_by_hand():
+    """exp(ln 3) = 3 times as loud; one that is hopeless keeps FOLLOWED; one that does not serve is not asked."""
+    sure_BS = tensor([[0.6 + 0.05 * math.log(3), 0.6, NAN], [1, 0, 0.9], [NAN, 0.6, 0.9], [NAN, NAN, NAN]])
+    served_BS = torch.tensor([[True, True, False], [True, True, False], [True, True, True], [False] * 3])
+    found_BS = listening(sure_BS, served_BS, 0.05)
+    torch.testing.assert_close(found_BS[0], tensor([1.5, 0.5, 0]))
+    torch.testing.assert_close(found_BS[1], tensor([2, 0.02, 0]) / 1.01)
+    assert found_BS[2].isnan().all()
+    assert found_BS[3].tolist() == [0, 0, 0]
+
+
+def test_each_image_has_its_own_teachers_where_they_are_known():
+    """Rows 0 and 1 of one group, 2 not annotated; 3 and 4 (not annotated) are not known, and have what labels say."""
+    sure_NS = tensor([[0.9, 0.5], [0.5, 0.9], [0.9, 0.5], [NAN, 0.5], [NAN, NAN]]).float()
+    known = measured(sure_NS=sure_NS)
+    group_B, row_B = torch.tensor([0, 0, -1, 0, -1]), torch.arange(5)
+    table = LossTable(torch.rand(5, 3), torch.ones(5, 3, dtype=torch.bool), row_B=row_B)
+    by_labels, by_images = (balance.cells(cells=of(), measured=known, by=by) for by in ("labels", "images"))
+    state = by_images.init()
+    assert torch.equal(state["q_G"], by_labels.init()["q_G"])
+    w_BT, cell_BT = by_images.weigh(state, table, group_B), by_labels.weigh(state, table, group_B)
+    ratio_B = (state["q_G"] / tensor(SHARES))[0].repeat(5)
+    ratio_B[[2, 4]] = 1
+    rho_BT = torch.tensor([[2, 2, 0.02], [0.02, 0.02, 2], [2, 2, 0.02]]) / 1.01
+    torch.testing.assert_close(w_BT[:3], (ratio_B[:3, None] / 20 * rho_BT).float())
+    assert torch.equal(w_BT[3:], cell_BT[3:])
+    assert torch.equal(by_images.weigh(state, table._replace(row_B=None), group_B), cell_BT)
+    # Whoever is put into another group by mistake hears the same teachers.
+    moved_BT = by_images.weigh(state, table, torch.tensor([1, 2, -1, 0, -1]))
+    torch.testing.assert_close(moved_BT[:2, 0] / moved_BT[:2, 2], w_BT[:2, 0] / w_BT[:2, 2])
+
+
+def test_a_specialist_is_not_asked_about_images_of_groups_that_it_does_not_serve():
+    served = [[True, True, True], [True, True, False], [True, True, True]]
+    known = measured(sure_NS=tensor([[0.7, 0.7], [0.7, NAN]]).float())
+    balancer = balance.cells(cells=of(served=served), measured=known, by="images", gamma=1.0, tau=1e6)
+    table = LossTable(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), row_B=torch.arange(2))
+    rho_BT = balancer.weigh({"q_G": tensor(SHARES)}, table, torch.tensor([0, 1])) * 20
+    torch.testing.assert_close(rho_BT, torch.tensor([[1.0, 1, 1], [1, 1, 0]]))
