@@ -54,13 +54,14 @@ from agglom.data.acquisition import simulated
 from agglom.data.dataset import view_random
 from agglom.data.sampler import tempered
 from agglom.job import Acquisition
-from agglom.measure import ENOUGH, judged
+from agglom.measure import ENOUGH, Found, judged
 
 SETTINGS = {"A": "Fashion-MNIST, simulated device", "B": "chest X-rays, sex × view"}
 # Channels of the first layer, a fourth of the features, and how many times as long it learns.
 STUDENTS = {"small": (4, 1), "large": (16, 1), "large, four times as long": (16, 4)}
 STEPS, BATCH = {"A": 1500, "B": 600}, {"A": 128, "B": 64}
 PEAK, END = 2e-3, 1e-5
+FEWEST = 5  # patients of either class, for an AUROC in (B)
 LEAST = 30  # validation patients of a group that is looked at alone
 FIRST = 10  # seed
 VIEWS = 4  # of each image, made in advance
@@ -70,12 +71,14 @@ RESULTS = ROOT / "bench" / "results"
 
 
 class Method(NamedTuple):
-    """How cells are weighted, what the student sees, how images are drawn, and the weight of an MFD term."""
+    """How cells are weighted, what the student sees, how images are drawn, and the weight of an MFD term. `stages`: in
+    so many parts, and before each but the first the student is measured, too."""
 
     balancer: Callable[..., Balancer]
     seen: Acquisition | None = None
     resample: float = 0.0
     mfd: float = 0.0
+    stages: int = 1
 
 
 CELLS = balance.cells
@@ -91,8 +94,9 @@ METHODS = {
     "MFD": Method(balance.uniform, mfd=1.0),
     "cells": Method(CELLS),
     "cells, by images": Method(partial(CELLS, by="images")),
+    "cells, fed back twice": Method(CELLS, stages=3),
     "cells, reliability alone": Method(partial(CELLS, tau=1e6)),
-    "cells, tilt alone": Method(partial(CELLS, beta=0.0)),
+    "cells, tilt alone": Method(partial(CELLS, temperature=1e6)),
     "views": Method(balance.uniform, seen=ANY),
     "views + cells": Method(CELLS, seen=ANY),
     "views-unlike": Method(balance.uniform, seen=UNLIKE),
@@ -133,13 +137,18 @@ def probed(m: Material, features_ND: Tensor) -> np.ndarray:
     return best.predict_proba(x_ND)[:, 0 if m.classes else 1 :]
 
 
+def on_validation(m: Material, of_predictors: list[np.ndarray]) -> Found:
+    """How reliable probes are in each group, as agglom judges them."""
+    score_LPN = torch.stack([torch.as_tensor(p_NL[m.val]) for p_NL in of_predictors]).permute(2, 0, 1)
+    return judged(m.label_NL[m.val].T, score_LPN, m.patient_N[m.val], m.seen_N[m.val], m.values, LEAST)
+
+
 def measured(m: Material, goal: dict[str, Tensor], scored: dict[str, np.ndarray]) -> Measured:
     """What agglom measures of the cells before a stage, from the teachers' probes on validation and their twins."""
     known_M = (m.seen_N[m.twin_M] >= 0) & (m.seen_N[m.twin_M] < len(m.values))
-    val, twin_M = m.val, m.twin_M[known_M]
+    twin_M = m.twin_M[known_M]
     group_M = m.seen_N[twin_M]
-    score_LPN = torch.stack([torch.as_tensor(scored[name][val]) for name in m.raw]).permute(2, 0, 1)
-    found = judged(m.label_NL[val].T, score_LPN, m.patient_N[val], m.seen_N[val], m.values, LEAST)
+    found = on_validation(m, [scored[name] for name in m.raw])
     count_G = torch.bincount(group_M, minlength=len(m.values))
     speaks_GG = cells.speakers(m.values, count_G, ENOUGH)
     noise_GT, spread_GT = (torch.zeros(len(m.values), len(goal), dtype=torch.float64) for _ in range(2))
@@ -224,11 +233,20 @@ def train(
     if method.resample:
         share_G = (count_G > 0) * share_G.sum() / (count_G > 0).sum()
     facts = Cells(share_G, torch.arange(len(goal)), batch, len(m.fit), groups=m.values, teachers=names, count_G=count_G)
-    asked = {"measured": known} if "measured" in signature(method.balancer).parameters else {}
-    balancer = method.balancer(cells=facts, **asked)
+
+    def informed(known: Measured) -> Balancer:
+        asked = {"measured": known} if "measured" in signature(method.balancer).parameters else {}
+        return method.balancer(cells=facts, **asked)
+
+    balancer = informed(known)
     state, draw = balancer.init(), torch.Generator().manual_seed(seed)
     taken_VNCHW = None if method.seen is None else views(m, method.seen, seed)
     for step, row_B in enumerate(itertools.islice(drawn(m, method, batch, draw), steps)):
+        if step and step % -(-steps // method.stages) == 0:
+            balancer = informed(
+                replace(known, student_G=on_validation(m, [probed(m, summaries(m, model.eval()))]).shrunk_GP[:, 0])
+            )
+            model.train()
         optimizer.param_groups[0]["lr"] = schedule.lr(step, steps=steps, warmup=steps // 20, peak=PEAK, end=END)
         seen_BCHW, group_B = m.pixels_NCHW[row_B], m.seen_N[row_B]
         if taken_VNCHW is not None:
@@ -265,8 +283,10 @@ def judge(m: Material, p_NL: np.ndarray, rows: Tensor) -> dict[str, Any]:
         right_N = (p_NL.argmax(1) == y_NL.argmax(1)).double()
         found = metrics.evaluate("selection_rate", right_N, right_N, m.patient_N[rows], threshold=0.5)
     else:
-        found = metrics.evaluate("auroc", y_NL[:, 0], p_NL[:, 0].clamp(0, 1), m.patient_N[rows])
+        found = metrics.evaluate("auroc", y_NL[:, 0], p_NL[:, 0], m.patient_N[rows], min_patients=FEWEST)
     numbers = {"value": found.value, "lo": found.lo, "hi": found.hi}
+    if not m.classes and found.status != "ok":
+        numbers = dict.fromkeys(numbers, math.nan)
     return {key: 100 * one for key, one in numbers.items()} | {"n": found.n, "status": found.status}
 
 
@@ -351,8 +371,9 @@ def chosen(rows: list[dict[str, Any]], setting: str, case: str, student: str) ->
         of_groups = [by for (name, group), by in found.items() if name == method and group != "all"]
         for seed in found[method, "all"]:
             levels = [by[seed] for by in of_groups if not math.isnan(by.get(seed, math.nan))]
-            found.setdefault((method, "worst"), {})[seed] = min(levels)
-            found.setdefault((method, "gap"), {})[seed] = max(levels) - min(levels)
+            worst, best = min(levels, default=math.nan), max(levels, default=math.nan)
+            found.setdefault((method, "worst"), {})[seed] = worst
+            found.setdefault((method, "gap"), {})[seed] = best - worst
     return found
 
 
@@ -371,6 +392,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def level(values: list[float]) -> str:
+    values = [one for one in values if not math.isnan(one)]
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{error}" if values else "–"
 

@@ -24,7 +24,6 @@ from agglom.core.cells import (
     excess,
     listening,
     reliability,
-    skill,
     speakers,
     standing,
     steadiness,
@@ -93,22 +92,21 @@ def cells(
     cells: Cells,
     measured: Measured | None = None,
     by: Literal["labels", "images", "views"] = "labels",
-    beta: float = 6.0,
-    gamma: float = 0.5,
-    tau: float = 0.5,
+    temperature: float = 0.04,
+    gamma: float = 1.0,
+    tau: float = 0.3,
     ema: float = 0.1,
     floor: float = 0.1,
     cap: float = 10.0,
     support: int = 30,
-    temperature: float = 0.05,
 ) -> Balancer:
     """Teachers count by measured reliability, groups by what is left to learn.
 
     A sample of group g weighs (q_g / p_g)·ρ_{s|g} / B for teacher s, from what is `measured` before a stage:
 
-    - ρ_{s|g} ∝ skill_{g,s}^`beta`, skill = 2·AUROC − 1, see `core.cells.reliability`; `by` views it is what views of an
-      image leave as it is (`core.cells.steadiness`), `by` images ρ_{s|i} ∝ exp(p̂_{i,s} / `temperature`) of each image i
-      instead, p̂ how probable it is that the teacher's probe is right on it (`core.cells.listening`);
+    - ρ_{s|g} ∝ exp(R_{g,s} / `temperature`), `by` labels R is the AUROC of its probe (`core.cells.reliability`), `by`
+      views what another view of an image leaves as it is (`core.cells.steadiness`); `by` images ρ_{s|i} is of each
+      image i, R how probable it is that the probe is right on it (`core.cells.listening`);
     - q_g ∝ p_g^`gamma` · exp((e_g + lag_g) / `tau`), e_g the excess loss (`core.cells.excess`) as a moving average in
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
       evaluation; times what the best teacher is above chance where that is below .2, so that a group that is only
@@ -119,19 +117,17 @@ def cells(
     An image of which p̂ is not known for all teachers of its group has what labels say; wrong groups mislead p̂ little.
     Where nothing is measured yet, ρ = 1 and q ∝ p^`gamma`: without labels there is no reliability.
     State: as that of `group_dro`.
-    Raises ValueError unless beta ≥ 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap, support ≥ 0 and
-    temperature > 0.
+    Raises ValueError unless temperature > 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap and support ≥ 0.
     """
     _require(
         "cells",
-        beta=(beta, beta >= 0, "≥ 0"),
+        temperature=(temperature, temperature > 0, "> 0"),
         gamma=(gamma, 0 <= gamma <= 1, "in [0, 1]"),
         tau=(tau, tau > 0, "> 0"),
         ema=(ema, 0 < ema <= 1, "in (0, 1]"),
         floor=(floor, 0 <= floor <= 1, "in [0, 1]"),
         cap=(cap, cap >= 1, "≥ 1"),
         support=(support, support >= 0, "≥ 0"),
-        temperature=(temperature, temperature > 0, "> 0"),
     )
     share_G, known = cells.share_G.double(), measured
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
@@ -141,11 +137,11 @@ def cells(
     rho_GS = served_GS.double()
     rho_S = rho_GS.amax(0)
     if known is not None:
-        skill_GS, skill_S = skill(known.right_GS), skill(known.right_S)
+        right_GS, right_S = known.right_GS, known.right_S
         if by == "views":
-            skill_GS, skill_S = steadiness(known.noise_GT, known.spread_GT, cells.teacher_T)
-        rho_GS = reliability(skill_GS, served_GS, beta)
-        rho_S = reliability(skill_S[None], served_GS.any(0)[None], beta)[0]
+            right_GS, right_S = steadiness(known.noise_GT, known.spread_GT, cells.teacher_T)
+        rho_GS = reliability(right_GS, served_GS, temperature)
+        rho_S = reliability(right_S[None], served_GS.any(0)[None], temperature)[0]
         best_G, lag_G = standing(known, served_GS)
         base_G = base_G * (best_G / SKILLED).clamp(FOLLOWED, 1).nan_to_num(1.0) * torch.exp(lag_G / tau)
     sure_NS = known.sure_NS if known is not None and by == "images" else None

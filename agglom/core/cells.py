@@ -48,43 +48,37 @@ def skill(right: Tensor) -> Tensor:
 
 
 def steadiness(noise_GT: Tensor, spread_GT: Tensor, teacher_T: Tensor) -> tuple[Tensor, Tensor]:
-    """What a teacher's skill is taken to be without labels: 1 − ν / V in [0, 1], the mean over its columns; in each
-    group (G × S), and the mean over the groups (S)."""
+    """What reliability is taken to be without labels: 1 − ν / V in [0, 1], the mean over the columns of a teacher; in
+    each group (G × S), and the mean over the groups (S)."""
     kept_GT = (1 - noise_GT / spread_GT.clamp(min=1e-12)).clamp(0, 1)
     columns_S = torch.bincount(teacher_T)
     kept_GS = kept_GT.new_zeros(len(kept_GT), len(columns_S)).index_add(1, teacher_T, kept_GT) / columns_S
     return kept_GS, kept_GS.mean(0)
 
 
-def reliability(skill_GS: Tensor, served_GS: Tensor, beta: float) -> Tensor:
-    """ρ_{s|g} ∝ skill_{g,s}^β, 1 on average over the teachers that serve a group, 0 for the others.
+def reliability(right_GS: Tensor, served_GS: Tensor, temperature: float) -> Tensor:
+    """ρ_{s|g} = S_g·softmax_s(R_{g,s} / T), R the AUROC of a teacher in a group: 1 on average over the S_g teachers
+    that serve it, 0 for the others, none less than FOLLOWED of the best, or its head would stay as initialised.
 
-    No teacher weighs less than FOLLOWED of the best, or its head would stay as it was initialised. β = 0, teachers of
-    the same skill, or a group in which none is known to have any: all 1.
-
-    A power of the skill, not of the error as for boosting: an error twice as large is little where both are small, as
-    in the majority, whose images still teach what the others need, and much where both are large.
+    Differences of R count, not ratios of the error 1 − R: an error twice as large is little where both are small, as in
+    a majority, whose images still teach what the others need, and much where both are large. Of a teacher whose R is
+    not known (NaN), as it has no summary, it is taken to be the mean of the others; all 1 where none is known.
     """
-    skill_GS = torch.where(served_GS, skill_GS.nan_to_num(0.0), 0.0)
-    best_G1 = skill_GS.amax(1, keepdim=True)
-    ratio_GS = torch.where(best_G1 > 0, skill_GS / best_G1.clamp(min=1e-300), 1.0)
-    return _one_on_average(ratio_GS**beta, served_GS)
+    known_GS = served_GS & ~torch.isnan(right_GS)
+    right_GS = torch.where(known_GS, right_GS, 0.0)
+    mean_G1 = right_GS.sum(1, keepdim=True) / known_GS.sum(1, keepdim=True).clamp(min=1)
+    return listening(torch.where(known_GS, right_GS, mean_G1), served_GS, temperature)
 
 
 def listening(sure_BS: Tensor, served_BS: Tensor, temperature: float) -> Tensor:
-    """ρ_{s|i} = S_i·softmax_s(p̂_{i,s} / T), p̂ how probable it is that a teacher is right on an image: 1 on average over
-    the S_i teachers that serve it, 0 for the others, none less than FOLLOWED of the best.
+    """The same for images: ρ_{s|i} = S_i·softmax_s(p̂_{i,s} / T), p̂ how probable it is that a teacher is right on one.
 
     NaN for an image of which p̂ of a teacher that serves it is not known.
     """
     sure_BS = torch.where(served_BS, sure_BS.double(), -torch.inf)
-    return _one_on_average(torch.exp((sure_BS - sure_BS.amax(1, keepdim=True)) / temperature), served_BS)
-
-
-def _one_on_average(worth_GS: Tensor, served_GS: Tensor) -> Tensor:
-    """What each teacher is worth relative to the best, as weights over those that serve."""
-    worth_GS = torch.where(served_GS, worth_GS.clamp(min=FOLLOWED), 0.0)
-    return worth_GS * served_GS.sum(1, keepdim=True) / worth_GS.sum(1, keepdim=True).clamp(min=1e-300)
+    worth_BS = torch.exp((sure_BS - sure_BS.amax(1, keepdim=True)) / temperature)
+    worth_BS = torch.where(served_BS, worth_BS.clamp(min=FOLLOWED), 0.0)
+    return worth_BS * served_BS.sum(1, keepdim=True) / worth_BS.sum(1, keepdim=True).clamp(min=1e-300)
 
 
 def standing(measured: Measured, served_GS: Tensor) -> tuple[Tensor, Tensor]:

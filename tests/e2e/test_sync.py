@@ -108,6 +108,11 @@ BALANCERS = {
     "teacher_dropping": {"balance": {"kind": "teacher_dropping"}},
     "ada_loss": {"balance": {"kind": "ada_loss"}},
     "cvar": {"balance.kind": "cvar", "balance.options": {}},
+    "cells": {
+        "data.labels": ["even"],
+        "evaluate.permutations": 0,
+        "balance": {"kind": "cells", "group": "device", "options": {"by": "images"}},
+    },
     "agre": {
         "data.labels": ["even"],
         "evaluate.permutations": 0,
@@ -115,10 +120,10 @@ BALANCERS = {
         "loss": BUSY["loss"] | {"mfd": {"label": "even"}},
     },
 }
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ada_loss", "cvar")]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ada_loss", "cvar", "teacher_dropping")]
 
 
-@pytest.mark.parametrize("kind", ["group_dro", "teacher_dropping", "agre", *SLOW])
+@pytest.mark.parametrize("kind", ["group_dro", "cells", "agre", *SLOW])
 def test_no_step_waits_for_a_value(lab, watch, monkeypatch, kind):
     whole = train.train
 

@@ -60,26 +60,28 @@ def stats(loss_GT, count_GT):
 # ── Reliability ──
 
 
-@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=5), st.floats(0, 20))
+@given(st.lists(st.lists(st.floats(0, 1), min_size=3, max_size=3), min_size=1, max_size=5), st.floats(0.01, 1))
 @settings(max_examples=100, deadline=None)
-def test_reliability_is_one_on_average_and_keeps_the_order(skills, beta):
-    skill_GS, served_GS = tensor(skills), torch.ones(len(skills), 3, dtype=torch.bool)
-    rho_GS = reliability(skill_GS, served_GS, beta)
-    torch.testing.assert_close(rho_GS.mean(1), torch.ones(len(skills), dtype=torch.float64))
+def test_reliability_is_one_on_average_and_keeps_the_order(rights, temperature):
+    right_GS, served_GS = tensor(rights), torch.ones(len(rights), 3, dtype=torch.bool)
+    rho_GS = reliability(right_GS, served_GS, temperature)
+    torch.testing.assert_close(rho_GS.mean(1), torch.ones(len(rights), dtype=torch.float64))
     assert (rho_GS > 0).all()
     assert (rho_GS.amin(1) >= FOLLOWED * rho_GS.amax(1) * (1 - 1e-9)).all()
-    better = skill_GS[:, :, None] >= skill_GS[:, None]
+    better = right_GS[:, :, None] >= right_GS[:, None]
     assert (rho_GS[:, :, None] - rho_GS[:, None])[better].min() >= -1e-12
 
 
 def test_reliability_by_hand():
-    served_GS = torch.tensor([[True, True, False], [True, True, True], [True, True, True]])
-    skill_GS = tensor([[0.8, 0.4, 0.9], [0.0, 0.0, 0.0], [NAN, NAN, 0.7]])
-    rho_GS = reliability(skill_GS, served_GS, 2.0)
+    """With T = 1 / log 2 ten points less are ten points of a half-life."""
+    served_GS = torch.tensor([[True, True, False], [True, True, True], [True, True, True], [True, True, True]])
+    right_GS = tensor([[0.9, 0.7, 0.99], [0.6, 0.6, 0.6], [NAN, 0.9, 0.7], [NAN, NAN, NAN]])
+    rho_GS = reliability(right_GS, served_GS, 0.1 / math.log(2))
     torch.testing.assert_close(rho_GS[0], tensor([1.6, 0.4, 0]))
-    assert rho_GS[1].tolist() == [1, 1, 1], "nobody is above chance, so nobody is preferred"
-    torch.testing.assert_close(rho_GS[2], tensor([0.01, 0.01, 1]) * 3 / 1.02)
-    assert (reliability(skill_GS, served_GS, 0.0) == served_GS).all()
+    assert rho_GS[1].tolist() == [1, 1, 1]
+    torch.testing.assert_close(rho_GS[2], tensor([2, 4, 1]) * 3 / 7)
+    assert rho_GS[3].tolist() == [1, 1, 1], "nobody is known, so nobody is preferred"
+    torch.testing.assert_close(reliability(right_GS, served_GS, 1e9), served_GS.double())
 
 
 def test_steadiness_is_the_share_of_variance_that_views_leave_alone():
@@ -151,11 +153,12 @@ def test_standing_tells_noise_from_a_student_that_lags():
 class Reference:
     """`balance.cells` step by step in NumPy, with three groups of enough rows."""
 
-    def __init__(self, known, beta, gamma, tau, ema, floor, cap):
+    def __init__(self, known, temperature, gamma, tau, ema, floor, cap):
         known = {key: getattr(known, key).numpy() for key in known.__dataclass_fields__ if key != "sure_NS"}
         skill = np.maximum(2 * known["right_GS"] - 1, 0)
         best = skill.max(1)
-        worth = np.maximum((skill / best[:, None]) ** beta, FOLLOWED)
+        right = known["right_GS"]
+        worth = np.maximum(np.exp((right - right.max(1, keepdims=True)) / temperature), FOLLOWED)
         self.rho = 2 * worth / worth.sum(1, keepdims=True)
         lag = np.clip(1 - np.maximum(2 * known["student_G"] - 1, 0) / best, 0, 1)
         self.base = SHARES**gamma * np.clip(best / SKILLED, FOLLOWED, 1) * np.exp(lag / tau)
@@ -183,11 +186,14 @@ class Reference:
         self.q = self.bounded(self.base * np.exp((left * weight).sum(1) / weight.sum(1) / self.tau))
 
 
-@given(st.integers(0, 2**31), st.floats(0, 12), st.floats(0, 1), st.floats(0.05, 2), st.floats(0, 0.9), st.floats(1, 9))
+@given(
+    st.integers(0, 2**31),
+    *(st.floats(lo, hi) for lo, hi in ((0.01, 1), (0, 1), (0.05, 2), (0, 0.9), (1, 9))),
+)
 @settings(max_examples=40, deadline=None)
-def test_the_balancer_agrees_with_numpy(seed, beta, gamma, tau, floor, cap):
+def test_the_balancer_agrees_with_numpy(seed, temperature, gamma, tau, floor, cap):
     rng, known = np.random.default_rng(seed), measured(seed)
-    settings_ = {"beta": beta, "gamma": gamma, "tau": tau, "floor": floor, "cap": cap}
+    settings_ = {"temperature": temperature, "gamma": gamma, "tau": tau, "floor": floor, "cap": cap}
     reference = Reference(known, ema=0.3, **settings_)
     balancer = balance.cells(cells=of(), measured=known, ema=0.3, **settings_)
     state = balancer.init()
@@ -205,7 +211,7 @@ def test_the_balancer_agrees_with_numpy(seed, beta, gamma, tau, floor, cap):
 
 def test_a_sample_of_no_group_counts_once_and_hears_the_teachers_as_everybody_does():
     known = measured(right_S=[0.9, 0.7])
-    balancer = balance.cells(cells=of(), measured=known, beta=2.0)
+    balancer = balance.cells(cells=of(), measured=known, temperature=0.1 / math.log(2))
     table = LossTable(torch.rand(1, 3), torch.ones(1, 3, dtype=torch.bool))
     w_BT = balancer.weigh(balancer.init(), table, torch.tensor([-1])) * 20
     torch.testing.assert_close(w_BT[0], torch.tensor([1.6, 1.6, 0.4]))
@@ -295,14 +301,13 @@ def test_a_specialist_weighs_only_where_it_serves():
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("beta", -1),
+        ("temperature", 0),
         ("gamma", 2),
         ("tau", 0),
         ("ema", 0),
         ("floor", 2),
         ("cap", 0.5),
         ("support", -1),
-        ("temperature", 0),
     ],
 )
 def test_options_out_of_range(option, value):
