@@ -80,7 +80,7 @@ def _distill(leg: Leg, base: Path, world: World, stop: StopRequest, resume: str)
         state, last = kept, evaluate.TEACHERS_STAGE
         for stage in run.plan.stages:
             if not _finished(run, stage, state.step if state else 0):
-                balancer = train.balancer(run, measure.before(run, stage.name, last, normalisers, surveyed))
+                balancer = train.balancer(run, stage, measure.before(run, stage.name, last, normalisers, surveyed))
                 loop = Loop(run, engine, run.columns, balancer, normalisers, served, shifts, journal, stop)
                 state = train.train(loop, stage, state or train.initial(run, balancer))
                 plain.load_state_dict(engine.weights())

@@ -279,8 +279,8 @@ def _add(a: CellStats, b: CellStats) -> CellStats:
     return CellStats(a.sum_GT + b.sum_GT, a.count_GT + b.count_GT)
 
 
-def balancer(run: Run, measured: Measured | None) -> Balancer:
-    """The balancer of the job, told the shares of the groups under the sampler, and what is measured before a stage."""
+def balancer(run: Run, stage: ResolvedStage, measured: Measured | None) -> Balancer:
+    """The balancer of a stage, told the shares of the groups under the sampler, and what is measured before it."""
     train_N, weight_N = run.balance_space.index_N[torch.as_tensor(run.manifest.rows("train"))], _drawn_by(run)
     known_N, groups = train_N >= 0, len(run.balance_space.values)
     count_G = torch.bincount(train_N[known_N], minlength=groups)
@@ -292,7 +292,7 @@ def balancer(run: Run, measured: Measured | None) -> Balancer:
         losses.teacher_index(run.columns).to(run.world.device),
         run.plan.global_batch,
         len(train_N),
-        _served_cells(run).to(run.world.device),
+        _served_cells(run, stage).to(run.world.device),
         torch.tensor([column.weight for column in run.columns], dtype=torch.float64, device=run.world.device),
         run.balance_space.values,
         tuple(dict.fromkeys(column.teacher for column in run.columns)),
@@ -302,12 +302,14 @@ def balancer(run: Run, measured: Measured | None) -> Balancer:
     return plugins.build(run.job.balance.kind, "balancers", options, cells=cells, measured=measured)
 
 
-def _served_cells(run: Run) -> Tensor:
-    """Groups × columns (bool): whether the column's teacher serves any train image of the group."""
+def _served_cells(run: Run, stage: ResolvedStage) -> Tensor:
+    """Groups × columns (bool): whether the column's teacher is of the stage and serves any train image of the group."""
     space, train_N = run.balance_space, torch.as_tensor(run.manifest.rows("train"))
     served_GT = torch.ones(len(space.values), len(run.columns), dtype=torch.bool)
     for index, column in enumerate(run.columns):
-        if column.teacher in run.served:
+        if column.teacher not in stage.teachers:
+            served_GT[:, index] = False
+        elif column.teacher in run.served:
             group_N = space.index_N[train_N][run.served[column.teacher][train_N]]
             served_GT[:, index] = torch.bincount(group_N[group_N >= 0], minlength=len(space.values)) > 0
     return served_GT

@@ -39,7 +39,8 @@ class Cells:
 
     `share_G`: each group's share under the sampler, over all rows, those without annotation included. `teacher_T`:
     column → teacher index (int64). `batch`: the global batch. `rows`: training rows, for a generalisation adjustment.
-    `served_GT`: the cells that can occur, all by default; a specialist has none in the groups that it does not serve.
+    `served_GT`: the cells that can occur, all by default; a specialist has none in the groups that it does not serve,
+    a teacher of other stages has none at all.
     `static_T`: the static weight of each column, which its losses contain; all 1 by default. `groups` and `teachers`
     are their names, by index. `count_G`: the training rows of each group, where a sampler that draws some groups more
     often than others makes them another number than share × rows.
