@@ -102,9 +102,7 @@ class Run:
             del teacher["placement"], teacher["micro_batch"], teacher["licence"]  # neither do these
         settings["evaluate"] = {key: settings["evaluate"][key] for key in ("size", "probe_images", "fvu_images")}
         data = settings["data"] | {"manifest": "", "root": "", "workers": 0}  # the manifest's digest speaks for them
-        data |= {"groups": ()}  # what is reported changes no weight,
-        if not plugins.takes(self.job.balance.kind, "balancers", "measured"):
-            data |= {"labels": (), "min_support": 0}  # unless what is measured sets the weights
+        data |= {"labels": (), "groups": (), "min_support": 0}  # what is reported changes no weight
         parts = {part for name in _trained_groups(self.job, self.teachers) for part in name.split("*")}
         data["attributes"] = {name: spec for name, spec in data["attributes"].items() if name in parts}
         settings["data"] = data
@@ -116,6 +114,17 @@ class Run:
             | {"manifest": self.manifest.digest, "agglom": __version__}
             | {f"teacher {name}": teacher.fingerprint for name, teacher in self.teachers.items()}
         )
+
+    @property
+    def trained(self) -> dict[str, str]:
+        """The same for what training goes on from: where what is measured sets weights, by what it is measured."""
+        if not plugins.takes(self.job.balance.kind, "balancers", "measured"):
+            return self.identity
+        data = self.job.data
+        return self.identity | {
+            "data.labels, by which teachers are measured,": json.dumps(data.labels),
+            "data.min_support, by which teachers are measured,": str(data.min_support),
+        }
 
 
 def _leaves(path: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -25,7 +25,7 @@ class State:
 
 
 def identity(run: Run) -> dict[str, str]:
-    return run.identity | {"ranks": str(run.world.size)}
+    return run.trained | {"ranks": str(run.world.size)}
 
 
 def save(run: Run, engine: Engine, state: State) -> Path:

@@ -27,8 +27,8 @@ def measure(run: Run, surveyed: Survey, names: Sequence[str]) -> Tensor:
     """p̂ of each manifest row and teacher (float32), the mean over labels: of the train rows that are surveyed, and of a
     specialist of those that it serves; NaN elsewhere.
 
-    A label of which p̂ of a teacher that serves an image is not known does not count for the others either, as labels
-    are not equally hard: it takes both classes in train and in validation, and a summary.
+    A label of which p̂ of a teacher that serves an image and has a summary is not known does not count for the others
+    either, as labels are not equally hard: it takes both classes in train and in validation.
     """
     rows_N, everybody_N = surveyed.rows_N, np.ones(len(surveyed.rows_N), bool)
     served = {name: served_N.numpy()[rows_N] for name, served_N in run.served.items()}
@@ -39,7 +39,8 @@ def measure(run: Run, surveyed: Survey, names: Sequence[str]) -> Tensor:
             for label in run.manifest.labels
         ]
     )
-    lacks_L1N = (np.isnan(known_LSN) & served_SN).any(1, keepdims=True)
+    read_S1 = np.array([[surveyed.pools[name].summary_ND is not None] for name in names])
+    lacks_L1N = (np.isnan(known_LSN) & served_SN & read_S1).any(1, keepdims=True)
     mean_SN = torch.as_tensor(np.where(lacks_L1N, np.nan, known_LSN)).nanmean(0)
     sure_NS = torch.full((len(run.manifest), len(names)), torch.nan)
     sure_NS[torch.as_tensor(rows_N)] = mean_SN.T.float()

@@ -250,7 +250,8 @@ def reasons(drawn: Mapping[str, Any] | None, given: Mapping[str, Any] | None) ->
             for raw, shrunk in zip(given["auroc"][g], given["shrunk"][g], strict=True)
         ]
         student, noise = number(given["student"][g]), [number(one) for one in given["noise"][g]]
-        n = f"{given['n_patients'][g]:,}"
+        few = given["n_patients"][g] < given["min_support"]
+        n = f"{given['n_patients'][g]:,}" + (", with others" if few else "")
         lines.append([short((drawn["attribute"], group)), n, *of_teachers, student, *noise])
     names = given["teachers"]
     head = ["group", "patients", *names, "student before", *(f"noise, {name}" for name in names)]

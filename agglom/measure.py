@@ -53,16 +53,20 @@ def before(
     if not wanted(run):
         return None
     path = _path(run, stage)
-    known = run.world.broadcast(run.world.on_main(lambda: _stored(run, stage)))
+    known = run.world.broadcast(run.world.on_main(lambda: _stored(run, stage, run.trained)))
     if known is None:
         noise_GT, spread_GT = floors(run, normalisers)
-        known = run.world.attempt(lambda: {} if surveyed is None else _after(run, last) | _of_images(run, surveyed))
-        known = run.world.broadcast(known) | {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
+        floored = {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
+        known = run.world.attempt(
+            lambda: {} if surveyed is None else _after(run, last) | _of_images(run, surveyed) | floored
+        )
+        # The numbers of rank 0, which a resumed run reads.
+        known = run.world.broadcast(known)
 
         def save() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_suffix(".tmp")
-            save_file({key: value.contiguous() for key, value in known.items()}, beside, metadata=run.identity)
+            save_file({key: value.contiguous() for key, value in known.items()}, beside, metadata=run.trained)
             beside.replace(path)
 
         run.world.on_main(save)
@@ -72,7 +76,7 @@ def before(
 
 def reasons(run: Run, stage: str) -> dict[str, Any] | None:
     """What was known when a stage began, for its report (`weights`); None where the balancer does not ask for it."""
-    known = _stored(run, stage) if wanted(run) else None
+    known = _stored(run, stage, run.identity) if wanted(run) else None
     if known is None:
         return None
     steady_GS, _ = cells.steadiness(known["noise_GT"], known["spread_GT"], losses.teacher_index(run.columns))
@@ -80,10 +84,11 @@ def reasons(run: Run, stage: str) -> dict[str, Any] | None:
         "stage": stage,
         "teachers": teachers(run),
         "n_patients": known["patients_G"].tolist(),
+        "min_support": int(known["least"]),
         "auroc": known["raw_GS"].tolist(),
         "shrunk": known["right_GS"].tolist(),
         "student": known["student_G"].tolist(),
-        "noise": (1 - steady_GS).tolist(),
+        "noise": torch.where(known["noise_GT"].any(1, keepdim=True), 1 - steady_GS, torch.nan).tolist(),
     }
 
 
@@ -91,9 +96,9 @@ def _path(run: Run, stage: str) -> Path:
     return run.out / "measured" / f"{stage}.safetensors"
 
 
-def _stored(run: Run, stage: str) -> dict[str, Tensor] | None:
+def _stored(run: Run, stage: str, identity: Mapping[str, str]) -> dict[str, Tensor] | None:
     try:
-        return targets.read(_path(run, stage), run.identity)
+        return targets.read(_path(run, stage), identity)
     except CacheError:
         return None
 
@@ -112,6 +117,7 @@ def _after(run: Run, stage: str) -> dict[str, Tensor]:
         "right_S": of_teachers.pooled_P,
         "raw_GS": of_teachers.raw_GP,
         "patients_G": of_teachers.patients_G,
+        "least": torch.tensor(run.job.data.min_support),
         "student_G": of_student.shrunk_GP[:, 0],
     }
 
@@ -120,7 +126,7 @@ def _of_images(run: Run, surveyed: Survey) -> dict[str, Tensor]:
     """How sure it is that teachers are right on train images, where the balancer asks; once, as they are frozen."""
     if plugins.given(run.job.balance.kind, "balancers", run.job.balance.options, "by") != "images":
         return {}
-    known = _stored(run, run.plan.stages[0].name) or {}
+    known = _stored(run, run.plan.stages[0].name, run.trained) or {}
     return {"sure_NS": known["sure_NS"] if known else confidence.measure(run, surveyed, teachers(run))}
 
 
@@ -200,7 +206,7 @@ def floors(run: Run, normalisers: Mapping[str, Normaliser]) -> tuple[Tensor, Ten
     everybody_N = torch.ones_like(space.index_N, dtype=torch.bool)
     served = {name: run.served.get(name, everybody_N) for name in names}
     empty_GT = torch.zeros(len(space.values) + 1, len(columns), dtype=torch.float64, device=device)
-    sums = [empty_GT] * 4  # of noise and its images, of spread and its pairs
+    sums = [empty_GT.clone() for _ in range(4)]  # of noise and its images, of spread and its pairs
     for mine, batch in batches(run, rows_N, run.plan.evaluate_size, NUISANCE):
         if batch is None:
             continue

@@ -76,8 +76,9 @@ class GroupReport:
     - `weights`: dict `attribute`, `groups` (G), `teachers` (T), `stages` (list of dicts stage, weight [G][T]) and
       `path` (dict `step` [S], `weight` [S][G]); 1 is what all weigh without balancing, null who takes no part;
     - `reasons`: what set these weights in a `stage`: `teachers` (T), and of each of the groups of `weights` the
-      validation patients `n_patients` [G], the AUROC of each teacher `auroc` [G][T] and after shrinking `shrunk`
-      [G][T], that of the `student` [G], and the share of a teacher's variance that is `noise` [G][T];
+      validation patients `n_patients` [G] (below `min_support` they were looked at with related groups), the AUROC of
+      each teacher `auroc` [G][T] and after shrinking `shrunk` [G][T], that of the `student` [G], and the share of a
+      teacher's variance that is `noise` [G][T];
     - `proxies`: dict of the groups that stand in for what is not annotated: `teacher` whose summaries were clustered,
       `attribute` that annotated images keep (or null), `clusters` (K names), of train images `n_fitted`, `n_train` [K]
       in each cluster, `n_grouped` [K] without annotation, so that they are weighed with it; `stability` and

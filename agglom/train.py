@@ -297,6 +297,7 @@ def balancer(run: Run, stage: ResolvedStage, measured: Measured | None) -> Balan
         run.balance_space.values,
         tuple(dict.fromkeys(column.teacher for column in run.columns)),
         count_G.to(run.world.device),
+        run.balance_space.index_N.to(run.world.device),
     )
     options = run.job.balance.options
     return plugins.build(run.job.balance.kind, "balancers", options, cells=cells, measured=measured)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +62,9 @@ def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
     """Made once, then read."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in make().items()}, path)
+        beside = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({name: tensor.contiguous() for name, tensor in make().items()}, beside)
+        beside.replace(path)
     return load_file(path)
 
 

@@ -24,6 +24,7 @@ from agglom.core.cells import (
     excess,
     listening,
     reliability,
+    shares,
     speakers,
     standing,
     steadiness,
@@ -43,7 +44,7 @@ class Cells:
     a teacher of other stages has none at all.
     `static_T`: the static weight of each column, which its losses contain; all 1 by default. `groups` and `teachers`
     are their names, by index. `count_G`: the training rows of each group, where a sampler that draws some groups more
-    often than others makes them another number than share × rows.
+    often than others makes them another number than share × rows. `group_N`: the group of each row of the manifest.
     Tensors lie on the device of the table, and so does the state.
     """
 
@@ -56,6 +57,7 @@ class Cells:
     groups: tuple[str, ...] = ()
     teachers: tuple[str, ...] = ()
     count_G: Tensor | None = None
+    group_N: Tensor | None = None
 
     @property
     def served_GS(self) -> Tensor:
@@ -105,9 +107,10 @@ def cells(
 
     A sample of group g weighs (q_g / p_g)·ρ_{s|g} / B for teacher s, from what is `measured` before a stage:
 
-    - ρ_{s|g} ∝ exp(R_{g,s} / `temperature`), `by` labels R is the AUROC of its probe (`core.cells.reliability`), `by`
-      views what another view of an image leaves as it is (`core.cells.steadiness`); `by` images ρ_{s|i} is of each
-      image i, R how probable it is that the probe is right on it (`core.cells.listening`);
+    - ρ_{s|g} ∝ exp(R_{g,s} / `temperature`), R the AUROC of its probe (`core.cells.reliability`); `by` views ρ_{s|g} is
+      in proportion to what another view of an image leaves as it is (`core.cells.steadiness`); `by` images ρ_{s|i} is
+      of each image i, R how probable it is that the probe is right on it, and of a group their mean
+      (`core.cells.listening`);
     - q_g ∝ p_g^`gamma` · exp((e_g + lag_g) / `tau`), e_g the excess loss (`core.cells.excess`) as a moving average in
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
       evaluation; times what the best teacher is above chance where that is below .2, so that a group that is only
@@ -115,7 +118,7 @@ def cells(
 
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
     a step keeps its weight, and the others share theirs. A sample without annotation has q = p and the ρ of everybody.
-    An image of which p̂ is not known for all teachers of its group has what labels say; wrong groups mislead p̂ little.
+    Of the teachers of an image ρ is 1 on average. An image of which no R is known has what its group has.
     Where nothing is measured yet, ρ = 1 and q ∝ p^`gamma`: without labels there is no reliability.
     State: as that of `group_dro`.
     Raises ValueError unless temperature > 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap and support ≥ 0.
@@ -133,37 +136,50 @@ def cells(
     share_G, known = cells.share_G.double(), measured
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
     speaks_GG, follow = speakers(cells.groups, count_G, support), _following(cells, ema)
-    base_G = torch.where(share_G > 0, share_G**gamma, 0.0)
+    log_G = gamma * share_G.log()
     served_GS = cells.served_GS
     rho_GS = served_GS.double()
     rho_S = rho_GS.amax(0)
     if known is not None:
-        right_GS, right_S = known.right_GS, known.right_S
+        rho_GS = reliability(known.right_GS, served_GS, temperature)
+        rho_S = reliability(known.right_S[None], served_GS.any(0)[None], temperature)[0]
         if by == "views":
-            right_GS, right_S = steadiness(known.noise_GT, known.spread_GT, cells.teacher_T)
-        rho_GS = reliability(right_GS, served_GS, temperature)
-        rho_S = reliability(right_S[None], served_GS.any(0)[None], temperature)[0]
+            kept_GS, kept_S = steadiness(known.noise_GT, known.spread_GT, cells.teacher_T)
+            rho_GS, rho_S = shares(kept_GS, served_GS), shares(kept_S[None], served_GS.any(0)[None])[0]
         best_G, lag_G = standing(known, served_GS)
-        base_G = base_G * (best_G / SKILLED).clamp(FOLLOWED, 1).nan_to_num(1.0) * torch.exp(lag_G / tau)
+        log_G = log_G + (best_G / SKILLED).clamp(FOLLOWED, 1).nan_to_num(1.0).log() + lag_G / tau
     sure_NS = known.sure_NS if known is not None and by == "images" else None
+    if sure_NS is not None and cells.group_N is not None:
+        index_N = cells.group_N.clamp(min=0)
+        own_NS = listening(sure_NS, served_GS[index_N], temperature)
+        known_N1 = (cells.group_N >= 0)[:, None] & ~own_NS.isnan()
+        sum_GS = torch.zeros_like(rho_GS).index_add(0, index_N, torch.where(known_N1, own_NS, 0.0))
+        count_GS = torch.zeros_like(rho_GS).index_add(0, index_N, known_N1.double())
+        rho_GS = torch.where(count_GS > 0, sum_GS / count_GS.clamp(min=1), rho_GS)
     weigh_groups = _weigh_by_group(cells)
 
-    def tempered(q_G: Tensor, here_G: Tensor, mass: Tensor) -> Tensor:
-        """Scaled to `mass` between floor and cap; a mixture with uniform keeps every group above the floor."""
+    def tempered(log_G: Tensor, here_G: Tensor, mass: Tensor) -> Tensor:
+        """exp(log_G), scaled to `mass` between floor and cap; a mixture with uniform keeps all above the floor."""
+        here_G = here_G & (share_G > 0)
         part_G = torch.where(here_G, share_G, 0.0)
-        low_G = floor * part_G * mass / part_G.sum().clamp(min=1e-300)
-        return low_G + _capped(q_G, part_G, cap - floor, mass - low_G.sum())
+        log_G = torch.where(here_G, log_G, -torch.inf)
+        # The largest is subtracted, as exp overflows; where it underflows the cap would have nothing to scale.
+        q_G = torch.exp(log_G - log_G.max().clamp(min=torch.finfo(torch.float64).min)) + 1e-9 * part_G
+        low_G = floor * part_G
+        return low_G + _capped(q_G, part_G, cap - floor, (mass - low_G.sum()).clamp(min=0))
 
     def init() -> State:
-        return _unmoved(cells) | {"q_G": tempered(base_G, share_G > 0, share_G.sum())}
+        return _unmoved(cells) | {"q_G": tempered(log_G, share_G > 0, share_G.sum())}
 
     def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        nobody_B1, index_B = group_B[:, None] < 0, group_B.clamp(min=0)
-        rho_BS = torch.where(nobody_B1, rho_S, rho_GS[index_B])
+        rho_BS = torch.where(group_B[:, None] < 0, rho_S, rho_GS[group_B.clamp(min=0)])
+        zeros_BS = torch.zeros_like(rho_BS)
+        taught_BS = zeros_BS.index_add(1, cells.teacher_T, table.valid_BT.to(zeros_BS)) > 0
         if sure_NS is not None and table.row_B is not None:
-            served_BS = torch.where(nobody_B1, served_GS.any(0), served_GS[index_B])
-            own_BS = listening(sure_NS[table.row_B], served_BS, temperature)
+            own_BS = listening(sure_NS[table.row_B], taught_BS, temperature)
             rho_BS = torch.where(own_BS.isnan(), rho_BS, own_BS)
+        # Whoever teaches an image: it counts as much as under uniform weights.
+        rho_BS = shares(rho_BS, taught_BS)
         return weigh_groups(state, table, group_B) * rho_BS.to(table.loss_BT.dtype)[:, cells.teacher_T]
 
     def update(state: State, stats: CellStats) -> State:
@@ -173,11 +189,9 @@ def cells(
         if known is None:
             return state | followed
         left_G = excess(followed["loss_GT"] / static_T, known, rho_GS[:, cells.teacher_T] * active_GT)
-        exponent_G = torch.where(ready_G, left_G / tau, -torch.inf)
-        lowest = torch.finfo(torch.float64).min
-        tilted_G = torch.where(ready_G, base_G, 0.0) * torch.exp(exponent_G - exponent_G.max().clamp(min=lowest))
         mass = torch.where(ready_G, state["q_G"], 0.0).sum()
-        return {"q_G": torch.where(ready_G, tempered(tilted_G, ready_G, mass), state["q_G"]), **followed}
+        q_G = tempered(log_G + left_G / tau, ready_G, mass)
+        return {"q_G": torch.where(ready_G, q_G, state["q_G"]), **followed}
 
     static_T = torch.ones_like(cells.teacher_T) if cells.static_T is None else cells.static_T
     return Balancer(init, weigh, update)
@@ -205,11 +219,11 @@ def group_dro(
     share_G = cells.share_G.double()
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
     bonus_G = adjustment / count_G.sqrt() if adjustment else torch.zeros_like(share_G)
-    follow = _following(cells, ema)
+    follow, per_teacher = _following(cells, ema), _per_teacher(cells)
 
     def update(state: State, stats: CellStats) -> State:
         followed, active_GT, ready_G = follow(state, stats)
-        loss_G = _per_teacher(cells, followed["loss_GT"], active_GT)
+        loss_G = per_teacher(followed["loss_GT"], active_GT)
         mass_G = torch.where(ready_G, state["q_G"], 0.0)
         # The largest exponent is subtracted: it cancels in the normalisation, and exp cannot overflow.
         exponent_G = torch.where(ready_G, eta * (loss_G + bonus_G), -torch.inf)
@@ -325,11 +339,11 @@ def cvar(*, cells: Cells, alpha: float = 0.2, ema: float = 0.1) -> Balancer:
     """
     _require("cvar", alpha=(alpha, 0 < alpha <= 1, "in (0, 1]"), ema=(ema, 0 < ema <= 1, "in (0, 1]"))
     share_G = cells.share_G.double()
-    follow = _following(cells, ema)
+    follow, per_teacher = _following(cells, ema), _per_teacher(cells)
 
     def update(state: State, stats: CellStats) -> State:
         followed, active_GT, ready_G = follow(state, stats)
-        loss_G = _per_teacher(cells, followed["loss_GT"], active_GT)
+        loss_G = per_teacher(followed["loss_GT"], active_GT)
         # A loss that is not finite must reach every weight, not only move its group to an end of the order.
         mass = torch.where(ready_G, state["q_G"] + 0 * loss_G, 0.0).sum()
         order_G = torch.where(ready_G, loss_G, -torch.inf).argsort(descending=True, stable=True)
@@ -420,11 +434,16 @@ def _following(cells: Cells, ema: float) -> Callable[[State, CellStats], tuple[S
     return follow
 
 
-def _per_teacher(cells: Cells, loss_GT: Tensor, active_GT: Tensor) -> Tensor:
-    """The loss of each group: the sum of the active columns over the number of their teachers."""
-    zeros_GS = loss_GT.new_zeros(len(loss_GT), int(cells.teacher_T.max()) + 1)
-    active_GS = zeros_GS.index_add(1, cells.teacher_T, active_GT.to(zeros_GS))
-    return (loss_GT * active_GT).sum(1) / active_GS.count_nonzero(1).clamp(min=1)
+def _per_teacher(cells: Cells) -> Callable[[Tensor, Tensor], Tensor]:
+    """(losses, active cells) → the loss of each group: the sum of the active columns over the number of teachers."""
+    teachers = int(cells.teacher_T.max()) + 1
+
+    def per_teacher(loss_GT: Tensor, active_GT: Tensor) -> Tensor:
+        zeros_GS = loss_GT.new_zeros(len(loss_GT), teachers)
+        active_GS = zeros_GS.index_add(1, cells.teacher_T, active_GT.to(zeros_GS))
+        return (loss_GT * active_GT).sum(1) / active_GS.count_nonzero(1).clamp(min=1)
+
+    return per_teacher
 
 
 def _weigh_by_group(cells: Cells) -> Callable[..., Tensor]:

@@ -28,13 +28,15 @@ class Measured:
     """What is known of the cells before a stage, float64; NaN where it is not known.
 
     `right_GS`: AUROC of a teacher's probe in a group, shrunk towards that over everybody by its uncertainty (`shrunk`),
-    and `right_S` over everybody. `student_G`: the same of the student, NaN before it has learnt anything. `noise_GT`
+    `raw_GS` as it was found, and `right_S` over everybody. `student_G`: that of the student, shrunk, NaN before it has
+    learnt anything. `noise_GT`
     and `spread_GT`: half the mean loss between the targets of two views of an image, and of two images of the group,
     without static weights. `sure_NS` (float32), where it is asked for: how probable it is that a teacher's probe is
     right on an image (`agglom.confidence`).
     """
 
     right_GS: Tensor
+    raw_GS: Tensor
     right_S: Tensor
     student_G: Tensor
     noise_GT: Tensor
@@ -57,37 +59,47 @@ def steadiness(noise_GT: Tensor, spread_GT: Tensor, teacher_T: Tensor) -> tuple[
 
 
 def reliability(right_GS: Tensor, served_GS: Tensor, temperature: float) -> Tensor:
-    """ρ_{s|g} = S_g·softmax_s(R_{g,s} / T), R the AUROC of a teacher in a group: 1 on average over the S_g teachers
-    that serve it, 0 for the others, none less than FOLLOWED of the best, or its head would stay as initialised.
+    """ρ_{s|g} ∝ exp(R_{g,s} / T), R the AUROC of a teacher in a group: 1 on average over the teachers that serve it, 0
+    for the others, none less than FOLLOWED of the best, or its head would stay as initialised.
 
     Differences of R count, not ratios of the error 1 − R: an error twice as large is little where both are small, as in
-    a majority, whose images still teach what the others need, and much where both are large. Of a teacher whose R is
-    not known (NaN), as it has no summary, it is taken to be the mean of the others; all 1 where none is known.
+    a majority, whose images still teach what the others need, and much where both are large. A teacher whose R is not
+    known (NaN), as it has no summary, counts 1.
     """
-    known_GS = served_GS & ~torch.isnan(right_GS)
-    right_GS = torch.where(known_GS, right_GS, 0.0)
-    mean_G1 = right_GS.sum(1, keepdim=True) / known_GS.sum(1, keepdim=True).clamp(min=1)
-    return listening(torch.where(known_GS, right_GS, mean_G1), served_GS, temperature)
+    return listening(right_GS, served_GS, temperature).nan_to_num(1.0) * served_GS
 
 
 def listening(sure_BS: Tensor, served_BS: Tensor, temperature: float) -> Tensor:
-    """The same for images: ρ_{s|i} = S_i·softmax_s(p̂_{i,s} / T), p̂ how probable it is that a teacher is right on one.
+    """The same for images: ρ_{s|i} ∝ exp(p̂_{i,s} / T), p̂ how probable it is that a teacher is right on one.
 
-    NaN for an image of which p̂ of a teacher that serves it is not known.
+    NaN for an image of which no p̂ is known.
     """
-    sure_BS = torch.where(served_BS, sure_BS.double(), -torch.inf)
-    worth_BS = torch.exp((sure_BS - sure_BS.amax(1, keepdim=True)) / temperature)
-    worth_BS = torch.where(served_BS, worth_BS.clamp(min=FOLLOWED), 0.0)
-    return worth_BS * served_BS.sum(1, keepdim=True) / worth_BS.sum(1, keepdim=True).clamp(min=1e-300)
+    known_BS = served_BS & ~torch.isnan(sure_BS)
+    sure_BS = torch.where(known_BS, sure_BS.double(), -torch.inf)
+    worth_BS = torch.exp((sure_BS - sure_BS.amax(1, keepdim=True)) / temperature).clamp(min=FOLLOWED)
+    rho_BS = torch.where(known_BS, shares(worth_BS, known_BS), served_BS.double())
+    return torch.where(known_BS.any(1, keepdim=True), rho_BS, torch.nan)
+
+
+def shares(worth_BS: Tensor, among_BS: Tensor) -> Tensor:
+    """What each of some teachers counts by its worth: 1 on average over those, 0 for the others."""
+    worth_BS = torch.where(among_BS, worth_BS, 0.0)
+    return worth_BS * among_BS.sum(1, keepdim=True) / worth_BS.sum(1, keepdim=True).clamp(min=1e-300)
 
 
 def standing(measured: Measured, served_GS: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each group the skill of its best teacher, NaN where none is known, and by what share of it the student falls
-    short, in [0, 1], 0 where that is not known."""
-    known_GS = served_GS & ~torch.isnan(measured.right_GS)
-    best_G = torch.where(known_GS, skill(measured.right_GS), 0.0).amax(1)
-    lag_G = (1 - skill(measured.student_G) / best_G.clamp(min=1e-300)).clamp(0, 1).nan_to_num(0.0)
-    return torch.where(known_GS.any(1), best_G, torch.nan), torch.where(best_G > 0, lag_G, 0.0)
+    """Of each group how far the best teacher is above chance, and how far the student is below it, in [0, 1].
+
+    The first as it was found: shrinking would make a group of noise look like the others. NaN where it is not known.
+    The second of what was shrunk, and no ratio, in which the best of noise would be out of reach; 0 if not known.
+    """
+    found_GS, right_GS = (
+        torch.where(served_GS & ~torch.isnan(one_GS), skill(one_GS), -1.0)
+        for one_GS in (measured.raw_GS, measured.right_GS)
+    )
+    best_G = found_GS.amax(1)
+    lag_G = (right_GS.amax(1) - skill(measured.student_G)).clamp(0, 1).nan_to_num(0.0)
+    return torch.where(best_G < 0, torch.nan, best_G), lag_G
 
 
 def shrunk(value_GX: Tensor, error_GX: Tensor, pooled_X: Tensor) -> Tensor:
@@ -116,11 +128,10 @@ def speakers(values: tuple[str, ...], count_G: Tensor, least: int) -> Tensor:
     """
     parts = [value.split("|") for value in values]
     itself_GG = torch.eye(len(values), dtype=torch.float64, device=count_G.device)
-    crossed = len({len(part) for part in parts}) == 1 and len(parts[0]) > 1 if parts else False
-    akin_GG = itself_GG
-    if crossed:
-        shared = [[any(a == b for a, b in zip(one, two, strict=True)) for two in parts] for one in parts]
-        akin_GG = torch.tensor(shared, dtype=torch.float64, device=count_G.device)
+    shared = [
+        [one == two or (1 < len(one) == len(two) and any(map(str.__eq__, one, two))) for two in parts] for one in parts
+    ]
+    akin_GG = torch.tensor(shared, dtype=torch.float64, device=count_G.device)
     count_G1 = count_G.double()[:, None]
     few_G1 = count_G1 < least
     alone_GG = torch.where(few_G1, akin_GG, itself_GG)
@@ -131,7 +142,7 @@ def excess(loss_GT: Tensor, measured: Measured, weight_GT: Tensor) -> Tensor:
     """e_g = Σ_t w_{g,t}·max(0, ℓ_{g,t} − ν_{g,t}) / V_{g,t} / Σ_t w_{g,t}, the columns weighted by their reliability.
 
     The share of the variance of a group that is left to be learnt: hard groups have a large loss, and so do noisy ones,
-    of whose loss no more than V − ν can go.
+    of whose loss no more than V − ν can go. A student that knows the mean of a group has 1 left, and none has more.
     """
-    left_GT = (loss_GT - measured.noise_GT).clamp(min=0) / measured.spread_GT.clamp(min=1e-12)
+    left_GT = ((loss_GT - measured.noise_GT).clamp(min=0) / measured.spread_GT.clamp(min=1e-12)).clamp(max=1)
     return (left_GT * weight_GT).sum(1) / weight_GT.sum(1).clamp(min=1e-300)

@@ -53,7 +53,7 @@ def test_what_a_report_says_sets_the_weights_of_the_next_stage(lab, stop_at, cap
     assert lab.same(lab.metrics(again), lines)
     assert lab.same(lab.weights(again), lab.weights(out))
     assert lab.distill("again", CELLS | {"data.min_support": 3}) != 0
-    assert "config.data.min_support was 2 and is 3" in capsys.readouterr().err
+    assert "data.min_support, by which teachers are measured, was 2 and is 3" in capsys.readouterr().err
 
 
 def test_images_of_a_group_hear_teachers_by_how_sure_these_are_of_them(lab, monkeypatch, capsys):

@@ -184,8 +184,9 @@ def test_a_label_of_one_class_counts_for_nobody(split):
     assert (others < expected[~served & (SPLIT == "train"), 1][2:]).float().mean() > 0.9, "c is a coin"
 
 
-def test_without_a_summary_nothing_is_known():
+def test_a_teacher_without_a_summary_is_not_known_and_hides_nobody_else():
     run, surveyed = world()
     surveyed.pools["poor"] = Pool(None, None, (0, 0))
     sure_NS = confidence.measure(run, surveyed, ["good", "poor"])
-    assert sure_NS.isnan().all()
+    assert sure_NS[:, 1].isnan().all()
+    assert not sure_NS[:, 0].isnan().all()
