@@ -100,7 +100,7 @@ METHODS = {
     "cells, by images": Method(partial(CELLS, by="images")),
     "cells, fed back twice": Method(CELLS, stages=3),
     "cells, by views": Method(partial(CELLS, by="views")),
-    "cells + MFD": Method(CELLS, mfd=0.3),
+    "cells + MFD, a tenth": Method(CELLS, mfd=0.1),
     "cells, reliability alone": Method(partial(CELLS, tau=1e6)),
     "cells, tilt alone": Method(partial(CELLS, temperature=1e6)),
     "views": Method(balance.uniform, seen=ANY),
@@ -321,20 +321,26 @@ class Task(NamedTuple):
         return STEPS[self.setting] * STUDENTS[self.student][1]
 
 
-def tasks(options: argparse.Namespace) -> Iterator[Task]:
-    for seed in range(FIRST, FIRST + options.seeds):
-        for student in options.students if "A" in options.settings else ():
-            for method in METHODS if student == "small" else FEW:
-                yield Task("A", "", student, method, seed)
-        for case in [one for one in CASES if one] if "cases" in options.settings else ():
-            for method in ("uniform", "cells", *IN_CASES.get(case, ())):
-                yield Task("A", case, "small", method, seed)
-        for method in IN_B if "B" in options.settings else ():
-            yield Task("B", "", "small", method, seed)
+def tasks(options: argparse.Namespace) -> Iterator[list[Task]]:
+    """What is done in one go, a seed at a time; hard cases last."""
+    seeds = range(FIRST, FIRST + options.seeds)
+    if "A" in options.settings:
+        for seed in seeds:
+            asked = [(student, method) for student in options.students for method in METHODS]
+            yield [Task("A", "", *one, seed) for one in asked if one[0] == "small" or one[1] in FEW]
+    if "B" in options.settings:
+        yield from ([Task("B", "", "small", method, seed) for method in IN_B] for seed in seeds)
+    if "cases" in options.settings:
+        for seed in seeds:
+            asked = [
+                (case, method) for case in CASES if case for method in ("uniform", "cells", *IN_CASES.get(case, ()))
+            ]
+            yield [Task("A", case, "small", method, seed) for case, method in asked]
 
 
-def run(setting: str, seed: int, due: list[Task], options: argparse.Namespace) -> None:
+def run(due: list[Task], options: argparse.Namespace) -> None:
     """All students of a seed in a setting, a line of --runs for each number."""
+    setting, seed = due[0].setting, due[0].seed
     torch.set_num_threads(1)
     folder = options.runs.parent
     base = fashion(seed, options.source, folder) if setting == "A" else nih(seed, folder)
@@ -346,16 +352,9 @@ def run(setting: str, seed: int, due: list[Task], options: argparse.Namespace) -
             scored = {name: probed(m, one_ND) for name, one_ND in m.raw.items()}
             found = measured(m, goals(m), scored)
             known[task.case, images] = m, replace(found, sure_NS=sure(m, scored)) if images else found
-            if (
-                task.case == ""
-                and not images
-                and not any(
-                    row["seed"] == seed and row["student"] == "" and row["setting"] == setting
-                    for row in stored(options.runs)
-                )
-            ):
-                for name, p_NL in scored.items():
-                    keep(options.runs, task._replace(method=f"teacher {name}", student=""), [], rows_of(m, p_NL))
+            teachers = {task._replace(method=f"teacher {name}", student=""): name for name in scored}
+            for one in teachers.keys() - finished(options.runs):
+                keep(options.runs, one, [], rows_of(m, scored[teachers[one]]))
         m, found = known[task.case, images]
         width, _ = STUDENTS[task.student]
         model, weights = train(m, found, METHODS[task.method], width, seed, task.steps, BATCH[setting])
@@ -513,6 +512,10 @@ def stored(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+def finished(path: Path) -> set[Task]:
+    return {Task(*(row[key] for key in Task._fields)) for row in stored(path)}
+
+
 def main() -> None:
     cli = parser(__doc__ or "")
     cli.set_defaults(json=RESULTS / "fairness.json")
@@ -526,13 +529,10 @@ def main() -> None:
     cli.add_argument("--jobs", type=int, default=2, help="seeds at a time, one core each (default 2)")
     options = cli.parse_args()
     options.runs.parent.mkdir(parents=True, exist_ok=True)
-    done = {tuple(row[key] for key in Task._fields) for row in stored(options.runs)}
-    due: dict[tuple[str, int], list[Task]] = {}
-    for task in tasks(options):
-        if task not in done:
-            due.setdefault((task.setting, task.seed), []).append(task)
+    done = finished(options.runs)
+    due = [[task for task in several if task not in done] for several in tasks(options)]
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-        waiting = [pool.submit(run, setting, seed, several, options) for (setting, seed), several in due.items()]
+        waiting = [pool.submit(run, several, options) for several in due if several]
         for one in waiting:
             one.result()
             publish(options)

@@ -179,7 +179,7 @@ def cells(
             own_BS = listening(sure_NS[table.row_B], taught_BS, temperature)
             rho_BS = torch.where(own_BS.isnan(), rho_BS, own_BS)
         # Whoever teaches an image: it counts as much as under uniform weights.
-        rho_BS = shares(rho_BS, taught_BS)
+        rho_BS = torch.where(taught_BS.any(1, keepdim=True), shares(rho_BS, taught_BS), rho_BS)
         return weigh_groups(state, table, group_B) * rho_BS.to(table.loss_BT.dtype)[:, cells.teacher_T]
 
     def update(state: State, stats: CellStats) -> State:
