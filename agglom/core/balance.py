@@ -164,7 +164,7 @@ def cells(
         part_G = torch.where(here_G, share_G, 0.0)
         log_G = torch.where(here_G, log_G, -torch.inf)
         # The largest is subtracted, as exp overflows; where it underflows the cap would have nothing to scale.
-        q_G = torch.exp(log_G - log_G.max().clamp(min=torch.finfo(torch.float64).min)) + 1e-9 * part_G
+        q_G = torch.exp(log_G - log_G.max().clamp(min=torch.finfo(torch.float64).min)) + 1e-30 * part_G
         low_G = floor * part_G
         return low_G + _capped(q_G, part_G, cap - floor, (mass - low_G.sum()).clamp(min=0))
 

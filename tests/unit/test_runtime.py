@@ -1,6 +1,5 @@
 """Ranks that agree, and signals that are remembered."""
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -8,38 +7,12 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from agglom import runtime
 from agglom.errors import ConfigError, DataError, Interrupted
 from agglom.runtime import StopRequest, World
 
 ALONE = World(0, 1, torch.device("cpu"))
-
-
-def ranks(work, folder, size=2):
-    """What `work(world)` returns on each of `size` forked ranks, or the name and text of what it raises."""
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-
-    def main(rank):
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
-        world = World(rank, size, torch.device("cpu"), dist.new_group(backend="gloo"))
-        try:
-            result = work(world)
-        except Exception as error:
-            result = type(error).__name__, str(error)
-        queue.put((rank, result))
-        dist.barrier()
-        dist.destroy_process_group()
-
-    processes = [context.Process(target=main, args=(rank,)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    found = dict(queue.get(timeout=30) for _ in processes)
-    for process in processes:
-        process.join()
-    return [found[rank] for rank in range(size)]
 
 
 def test_one_rank_agrees_with_itself():
@@ -55,7 +28,7 @@ def test_one_rank_agrees_with_itself():
         ALONE.attempt(lambda: 1 // 0)
 
 
-def test_two_ranks_share_values(tmp_path):
+def test_two_ranks_share_values(ranks):
     def work(world):
         total = world.sum(torch.tensor([1.0 + world.rank]))
         return (
@@ -67,12 +40,12 @@ def test_two_ranks_share_values(tmp_path):
             world.on_main(lambda: "told"),
         )
 
-    first, second = ranks(work, tmp_path)
+    first, second = ranks(work)
     assert first == ([0, 10], [0, 1], "from 0", 3.0, (True, False), "told")
     assert second == ([0, 10], None, "from 0", 3.0, (True, False), None)
 
 
-def test_an_error_of_one_is_the_error_of_all(tmp_path):
+def test_an_error_of_one_is_the_error_of_all(ranks):
     def work(world):
         def read():
             if world.rank == 1:
@@ -80,17 +53,17 @@ def test_an_error_of_one_is_the_error_of_all(tmp_path):
 
         world.attempt(read)
 
-    assert ranks(work, tmp_path) == [("DataError", "image 7 is broken")] * 2
+    assert ranks(work) == [("DataError", "image 7 is broken")] * 2
 
 
-def test_each_keeps_its_own_error(tmp_path):
+def test_each_keeps_its_own_error(ranks):
     def work(world):
         world.agree(ConfigError("a") if world.rank == 0 else DataError("b"))
 
-    assert ranks(work, tmp_path) == [("ConfigError", "a"), ("DataError", "b")]
+    assert ranks(work) == [("ConfigError", "a"), ("DataError", "b")]
 
 
-def test_foreign_errors_travel_as_text(tmp_path):
+def test_foreign_errors_travel_as_text(ranks):
     """They need not pickle."""
 
     class Local(Exception):
@@ -102,7 +75,7 @@ def test_foreign_errors_travel_as_text(tmp_path):
     def work(world):
         world.on_main(fail)
 
-    assert ranks(work, tmp_path) == [("Local", "odd"), ("DataError", "Local: odd")]
+    assert ranks(work) == [("Local", "odd"), ("DataError", "Local: odd")]
 
 
 # ── Signals ──
