@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from agglom.core.cells import (
-    FOLLOWED,
     SKILLED,
+    UNSKILLED,
     Measured,
     excess,
     listening,
@@ -113,8 +113,8 @@ def cells(
       (`core.cells.listening`);
     - q_g ∝ p_g^`gamma` · exp((e_g + lag_g) / `tau`), e_g the excess loss (`core.cells.excess`) as a moving average in
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
-      evaluation; times what the best teacher is above chance where that is below .2, so that a group that is only
-      noise takes nothing from the others. `floor`·p_g ≤ q_g ≤ `cap`·p_g.
+      evaluation; a group whose best teacher is less than .2 above chance counts less, to a quarter, so that one that
+      is only noise takes nothing from the others. `floor`·p_g ≤ q_g ≤ `cap`·p_g.
 
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
     a step keeps its weight, and the others share theirs. A sample without annotation has q = p and the ρ of everybody.
@@ -147,7 +147,7 @@ def cells(
             kept_GS, kept_S = steadiness(known.noise_GT, known.spread_GT, cells.teacher_T)
             rho_GS, rho_S = shares(kept_GS, served_GS), shares(kept_S[None], served_GS.any(0)[None])[0]
         best_G, lag_G = standing(known, served_GS)
-        log_G = log_G + (best_G / SKILLED).clamp(FOLLOWED, 1).nan_to_num(1.0).log() + lag_G / tau
+        log_G = log_G + (best_G / SKILLED).clamp(UNSKILLED, 1).nan_to_num(1.0).log() + lag_G / tau
     sure_NS = known.sure_NS if known is not None and by == "images" else None
     if sure_NS is not None and cells.group_N is not None:
         index_N = cells.group_N.clamp(min=0)

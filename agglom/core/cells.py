@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Below this skill of its best teacher nobody has shown that a group can be taught.
-SKILLED = 0.2
+# Below this skill of its best teacher nobody has shown that a group can be taught; it then counts less, and at least
+# UNSKILLED of what it would: few patients do not show the contrary either.
+SKILLED, UNSKILLED = 0.2, 0.25
 # The most that the AUROC of groups is believed to differ, as a standard deviation.
 APART = 0.1
 # The least that a teacher weighs, relative to the best of a group.

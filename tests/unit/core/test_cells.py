@@ -13,6 +13,7 @@ from agglom.core.cells import (
     APART,
     FOLLOWED,
     SKILLED,
+    UNSKILLED,
     Measured,
     excess,
     listening,
@@ -166,7 +167,7 @@ class Reference:
         worth = np.maximum(np.exp((right - right.max(1, keepdims=True)) / temperature), FOLLOWED)
         self.rho = 2 * worth / worth.sum(1, keepdims=True)
         lag = np.maximum(reached - np.maximum(2 * known["student_G"] - 1, 0), 0)
-        self.base = SHARES**gamma * np.clip(best / SKILLED, FOLLOWED, 1) * np.exp(lag / tau)
+        self.base = SHARES**gamma * np.clip(best / SKILLED, UNSKILLED, 1) * np.exp(lag / tau)
         self.tau, self.ema, self.floor, self.cap, self.known = tau, ema, floor, cap, known
         self.average, self.q = None, self.bounded(self.base)
 
