@@ -97,6 +97,7 @@ METHODS = {
     "AGRE": Method(partial(balance.agre, biased="majority")),
     "MFD": Method(balance.uniform, mfd=1.0),
     "cells": Method(CELLS),
+    "cells, τ = .1": Method(partial(CELLS, tau=0.1)),
     "cells, by images": Method(partial(CELLS, by="images")),
     "cells, fed back twice": Method(CELLS, stages=3),
     "cells, by views": Method(partial(CELLS, by="views")),
@@ -520,7 +521,7 @@ def main() -> None:
     cli = parser(__doc__ or "")
     cli.set_defaults(json=RESULTS / "fairness.json")
     cli.add_argument("--source", type=Path, default=simulate.FASHION, help=f"(default {simulate.FASHION})")
-    cli.add_argument("--seeds", type=int, default=5, help="(default 5)")
+    cli.add_argument("--seeds", type=int, default=5, help=f"from {FIRST} on (default 5)")
     cli.add_argument("--students", nargs="+", choices=STUDENTS, default=["small"], help="of (A) (default small)")
     whole = ["A", "cases", "B"]
     cli.add_argument("--settings", nargs="+", choices=whole, default=whole, help="(default all)")
