@@ -447,7 +447,8 @@ def lines(by: By) -> Iterator[list[str]]:
 
 def best(by: By, teachers: list[str], group: str) -> str:
     """The teacher that is best in a group, on average over the seeds."""
-    return max(teachers, key=lambda one: float(np.nan_to_num(list(by[one, group].values()), nan=-1).mean()))
+    means = {one: np.nan_to_num(list(by.get((one, group), {}).values()), nan=-1).mean() for one in teachers}
+    return max(means, key=lambda one: float(means[one]), default="")
 
 
 def below(by: By) -> Iterator[str]:
