@@ -76,7 +76,6 @@ def out_of_fold(
 
     FOLDS folds, or as many as there are patients of the rarer class; a row without a label (NaN) is scored alone.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold
 
     score_N, rows_M = np.full(len(label_N), np.nan), np.flatnonzero(mine_N)
@@ -88,8 +87,8 @@ def out_of_fold(
     for others, held in splits.split(rows_M, label_M == 1, patient_M):
         fit_M = rows_M[others[~np.isnan(label_M[others])]]
         if len(np.unique(label_N[fit_M])) == 2:
-            model = LogisticRegression(C=strength, max_iter=probes.STEPS)
-            score_N[rows_M[held]] = probes.fit(model, features_ND, label_N, fit_M)(features_ND[rows_M[held]])
+            (probe,) = probes.fit([strength], features_ND, label_N, fit_M)
+            score_N[rows_M[held]] = probe(features_ND[rows_M[held]])
     return score_N
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -52,25 +53,16 @@ def before(
     """
     if not wanted(run):
         return None
-    path = _path(run, stage)
-    known = run.world.broadcast(run.world.on_main(lambda: _stored(run, stage, run.trained)))
+    world, stored = run.world, partial(_stored, run, identity=run.trained)
+    known = world.broadcast(world.on_main(lambda: stored(stage)))
     if known is None:
-        noise_GT, spread_GT = floors(run, normalisers)
-        floored = {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
-        known = run.world.attempt(
-            lambda: {} if surveyed is None else _after(run, last) | _of_images(run, surveyed) | floored
-        )
-        # The numbers of rank 0, which a resumed run reads.
-        known = run.world.broadcast(known)
-
-        def save() -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".tmp")
-            save_file({key: value.contiguous() for key, value in known.items()}, beside, metadata=run.trained)
-            beside.replace(path)
-
-        run.world.on_main(save)
-    here = {one.name: known[one.name].to(run.world.device) for one in fields(Measured) if one.name in known}
+        # Teachers are frozen: what was measured before the first stage holds for all.
+        frozen = world.broadcast(world.on_main(lambda: stored(run.plan.stages[0].name)))
+        if frozen is None:
+            frozen = _of_teachers(run, last, normalisers, surveyed)
+        known = frozen | world.broadcast(world.on_main(lambda: _of_student(run, last)) or {})
+        world.on_main(lambda: _save(run, stage, known))
+    here = {one.name: known[one.name].to(world.device) for one in fields(Measured) if one.name in known}
     return Measured(**here)
 
 
@@ -103,31 +95,42 @@ def _stored(run: Run, stage: str, identity: Mapping[str, str]) -> dict[str, Tens
         return None
 
 
-def _after(run: Run, stage: str) -> dict[str, Tensor]:
-    """The AUROC of all by the scores that were stored with the report of a stage; NaN without labels."""
-    names = teachers(run)
-    nobody = scores.Scores((), (), (), np.zeros(0, np.int64), np.zeros((0, 0, 0)))
+def _save(run: Run, stage: str, known: Mapping[str, Tensor]) -> None:
+    path = _path(run, stage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    save_file({key: value.contiguous() for key, value in known.items()}, beside, metadata=run.trained)
+    beside.replace(path)
+
+
+def _of_teachers(
+    run: Run, last: str, normalisers: Mapping[str, Normaliser], surveyed: Survey | None
+) -> dict[str, Tensor]:
+    """What does not change in a run: the numbers of rank 0, which a resumed run reads, on every rank."""
+    noise_GT, spread_GT = floors(run, normalisers)
+
+    def read() -> dict[str, Tensor]:
+        names = teachers(run)
+        found = of_scores(run, _scores(run, last), [f"teacher/{name}" for name in names])
+        known = {"right_GS": found.shrunk_GP, "right_S": found.pooled_P, "raw_GS": found.raw_GP}
+        known |= {"patients_G": found.patients_G, "least": torch.tensor(run.job.data.min_support)}
+        if plugins.given(run.job.balance.kind, "balancers", run.job.balance.options, "by") == "images":
+            known["sure_NS"] = confidence.measure(run, cast(Survey, surveyed), names)
+        return known | {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
+
+    return cast(dict[str, Tensor], run.world.broadcast(run.world.on_main(read)))
+
+
+def _of_student(run: Run, last: str) -> dict[str, Tensor]:
+    return {"student_G": of_scores(run, _scores(run, last), ["student"]).shrunk_GP[:, 0]}
+
+
+def _scores(run: Run, stage: str) -> Scores:
+    """Those that were stored with the report of a stage; of nobody where there are no labels."""
     path = run.out / "reports" / f"{stage}.scores.parquet"
-    found = scores.load(path, run.manifest, run.manifest.labels) if path.is_file() else nobody
-    # Apart, so that what is known of frozen teachers is the same after every stage.
-    of_teachers = of_scores(run, found, [f"teacher/{name}" for name in names])
-    of_student = of_scores(run, found, ["student"])
-    return {
-        "right_GS": of_teachers.shrunk_GP,
-        "right_S": of_teachers.pooled_P,
-        "raw_GS": of_teachers.raw_GP,
-        "patients_G": of_teachers.patients_G,
-        "least": torch.tensor(run.job.data.min_support),
-        "student_G": of_student.shrunk_GP[:, 0],
-    }
-
-
-def _of_images(run: Run, surveyed: Survey) -> dict[str, Tensor]:
-    """How sure it is that teachers are right on train images, where the balancer asks; once, as they are frozen."""
-    if plugins.given(run.job.balance.kind, "balancers", run.job.balance.options, "by") != "images":
-        return {}
-    known = _stored(run, run.plan.stages[0].name, run.trained) or {}
-    return {"sure_NS": known["sure_NS"] if known else confidence.measure(run, surveyed, teachers(run))}
+    if path.is_file():
+        return scores.load(path, run.manifest, run.manifest.labels)
+    return Scores((), (), (), np.zeros(0, np.int64), np.zeros((0, 0, 0)))
 
 
 class Found(NamedTuple):

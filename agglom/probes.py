@@ -6,19 +6,15 @@ Fitted on train patients; regularisation and calibration come from validation pa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sklearn.linear_model import LogisticRegression
-
 STRENGTHS = tuple(10.0**power for power in range(-5, 2))
-STEPS = 200
 TEMPERATURE = 0.07
 CLIP = 1e-3
 
@@ -42,16 +38,13 @@ def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N:
 
     `train_N` and `val_N` are masks of rows with a known label. None where train has a single class.
     """
-    from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss
 
     if len(np.unique(label_N[train_N])) < 2:
         return None
     judged = len(np.unique(label_N[val_N])) == 2
-    model, tried = LogisticRegression(max_iter=STEPS, warm_start=True), []
-    for strength in STRENGTHS if judged else (1e-3,):
-        model.C = strength
-        probe = fit(model, features_ND, label_N, train_N)
+    strengths, tried = STRENGTHS if judged else (1e-3,), []
+    for strength, probe in zip(strengths, fit(strengths, features_ND, label_N, train_N), strict=True):
         found_N = probe(features_ND)
         loss = log_loss(label_N[val_N], found_N[val_N], labels=[0, 1]) if judged else 0.0
         tried.append((loss, strength, probe, found_N))
@@ -64,22 +57,32 @@ def linear(features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray, val_N:
 
 
 def fit(
-    model: LogisticRegression, features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray
-) -> Callable[[Tensor], np.ndarray]:
-    """What reads the probability of a label from features (N, D), fitted on those of `train_N` (mask or indices) and
-    standardised as these are."""
-    from scipy.special import expit
+    strengths: Sequence[float], features_ND: Tensor, label_N: np.ndarray, train_N: np.ndarray
+) -> Iterator[Callable[[Tensor], np.ndarray]]:
+    """For each strength, what reads the probability of a label from features (N, D): fitted on those of `train_N` (mask
+    or indices), standardised, from the optimum of the strength before."""
     from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
 
     x_ND = features_ND[torch.as_tensor(train_N)].double().numpy()
     mean_D, std_D = x_ND.mean(0), x_ND.std(0)
     # A direction that train images do not vary in carries nothing but rounding.
     scale_D = np.where(std_D > 1e-6 * max(std_D.max(), 1e-300), std_D, np.inf)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # what is left after `STEPS` is little
-        model.fit((x_ND - mean_D) / scale_D, label_N[train_N])
-    weight_D, bias = model.coef_[0].copy(), float(model.intercept_[0])
-    return lambda features_ND: expit((features_ND.double().numpy() - mean_D) / scale_D @ weight_D + bias)
+    x_ND = (x_ND - mean_D) / scale_D
+    model = LogisticRegression(max_iter=200, warm_start=True)
+    for strength in strengths:
+        model.C = strength
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # 200 steps from the last optimum are close enough
+            model.fit(x_ND, label_N[train_N])
+        weight_D = model.coef_[0] / scale_D
+        yield partial(_read, weight_D, float(model.intercept_[0] - mean_D @ weight_D))
+
+
+def _read(weight_D: np.ndarray, bias: float, features_ND: Tensor) -> np.ndarray:
+    from scipy.special import expit
+
+    return expit(features_ND.double().numpy() @ weight_D + bias)
 
 
 def nearest(

@@ -17,10 +17,10 @@ from agglom import checkpoints, plugins, progress, targets
 from agglom.assemble import Run
 from agglom.checkpoints import State
 from agglom.core import groups, losses, schedule
-from agglom.core.balance import Cells
 from agglom.core.cells import Measured
 from agglom.core.losses import Column
 from agglom.core.types import Balancer, Batch, CellStats, Features, LossTable, Student
+from agglom.core.weights import Cells
 from agglom.data.dataset import ImageDataset
 from agglom.data.sampler import drawn, loader, stream, tempered
 from agglom.engine import Engine, latest

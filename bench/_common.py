@@ -29,7 +29,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, aligned so that it also reads well in a terminal."""
-    lines = [list(head), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
     width = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |" for line in lines]
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *text[1:]])

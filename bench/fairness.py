@@ -47,11 +47,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from agglom.core import balance, cells, groups, losses, metrics, normalise, schedule
-from agglom.core.balance import Cells
 from agglom.core.cells import Measured
 from agglom.core.heads import Head
-from agglom.core.normalise import Moments
+from agglom.core.normalise import Affine, Moments
 from agglom.core.types import Balancer, LossTable
+from agglom.core.weights import Cells
 from agglom.data import simulate
 from agglom.data.acquisition import simulated
 from agglom.data.dataset import view_random
@@ -153,7 +153,7 @@ def on_validation(m: Material, of_predictors: list[np.ndarray]) -> Found:
     return judged(m.label_NL[m.val].T, score_LPN, m.patient_N[m.val], m.seen_N[m.val], m.values, LEAST)
 
 
-def measured(m: Material, goal: dict[str, Tensor], scored: dict[str, np.ndarray]) -> Measured:
+def measured(m: Material, scored: dict[str, np.ndarray]) -> Measured:
     """What agglom measures of the cells before a stage, from the teachers' probes on validation and their twins."""
     known_M = (m.seen_N[m.twin_M] >= 0) & (m.seen_N[m.twin_M] < len(m.values))
     twin_M = m.twin_M[known_M]
@@ -161,10 +161,10 @@ def measured(m: Material, goal: dict[str, Tensor], scored: dict[str, np.ndarray]
     found = on_validation(m, [scored[name] for name in m.raw])
     count_G = torch.bincount(group_M, minlength=len(m.values))
     speaks_GG = cells.speakers(m.values, count_G, ENOUGH)
-    noise_GT, spread_GT = (torch.zeros(len(m.values), len(goal), dtype=torch.float64) for _ in range(2))
-    for column, (name, one_ND) in enumerate(goal.items()):
-        affine = normalise.fit("phi_s", Moments.empty(m.raw[name].shape[1]).update(m.raw[name][m.fit]))
-        clean_MD, twin_MD = one_ND[twin_M], normalise.apply(affine, m.twin_raw[name][known_M])
+    noise_GT, spread_GT = (torch.zeros(len(m.values), len(m.raw), dtype=torch.float64) for _ in range(2))
+    for column, (name, affine) in enumerate(fitted(m).items()):
+        twin_MD = normalise.apply(affine, m.twin_raw[name][known_M])
+        clean_MD = normalise.apply(affine, m.raw[name][twin_M])
         for group, speaks_G in enumerate(speaks_GG > 0):
             mine = torch.nonzero(speaks_G[group_M])[:, 0]
             noise_GT[group, column] = losses.mse(clean_MD[mine], twin_MD[mine]).mean() / 2
@@ -202,12 +202,15 @@ def sure(m: Material, scored: dict[str, np.ndarray]) -> Tensor:
     return found
 
 
+def fitted(m: Material) -> dict[str, Affine]:
+    """The normaliser of each teacher, of the train images."""
+    moments = {name: Moments.empty(one.shape[1]).update(one[m.fit]) for name, one in m.raw.items()}
+    return {name: normalise.fit("phi_s", one) for name, one in moments.items()}
+
+
 def goals(m: Material) -> dict[str, Tensor]:
-    """Targets of all images, by the normaliser of the train images."""
-    return {
-        name: normalise.apply(normalise.fit("phi_s", Moments.empty(one.shape[1]).update(one[m.fit])), one)
-        for name, one in m.raw.items()
-    }
+    """Targets of all images."""
+    return {name: normalise.apply(affine, m.raw[name]) for name, affine in fitted(m).items()}
 
 
 def views(m: Material, acquisition: Acquisition, seed: int) -> Tensor:
@@ -242,7 +245,9 @@ def train(
     share_G = count_G / len(m.fit)
     if method.resample:
         share_G = (count_G > 0) * share_G.sum() / (count_G > 0).sum()
-    facts = Cells(share_G, torch.arange(len(goal)), batch, len(m.fit), groups=m.values, teachers=names, count_G=count_G)
+    group_N = torch.where(m.seen_N < len(m.values), m.seen_N, -1)
+    more = {"groups": m.values, "teachers": names, "count_G": count_G, "group_N": group_N}
+    facts = Cells(share_G, torch.arange(len(goal)), batch, len(m.fit), **more)
 
     def informed(known: Measured) -> Balancer:
         asked = {"measured": known} if "measured" in signature(method.balancer).parameters else {}
@@ -351,7 +356,7 @@ def run(due: list[Task], options: argparse.Namespace) -> None:
         if (task.case, images) not in known:
             m = CASES[task.case](base, seed)
             scored = {name: probed(m, one_ND) for name, one_ND in m.raw.items()}
-            found = measured(m, goals(m), scored)
+            found = measured(m, scored)
             known[task.case, images] = m, replace(found, sure_NS=sure(m, scored)) if images else found
             teachers = {task._replace(method=f"teacher {name}", student=""): name for name in scored}
             for one in teachers.keys() - finished(options.runs):
@@ -465,6 +470,7 @@ def plot(by: By, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "agglom"  # the same file from the same rows
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 6))
@@ -478,14 +484,14 @@ def plot(by: By, path: Path) -> None:
         axes.annotate(method, (x.mean(), y.mean()), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="device A (majority), accuracy in %", ylabel="device B (minority), accuracy in %")
     axes.grid(alpha=0.3)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
     pyplot.close(figure)
 
 
 def publish(options: argparse.Namespace) -> str:
     """Write the record of what has run so far; its text."""
     rows = stored(options.runs)
-    command = "OMP_NUM_THREADS=1 .venv/bin/python bench/fairness.py"
+    command = f"OMP_NUM_THREADS=1 .venv/bin/python bench/fairness.py --seeds {options.seeds}"
     parts = [
         "# Ways to weigh the losses",
         f"Made by `{command}` ({versions()}). In %: accuracy in (A), AUROC in (B). Levels are means ± standard error "

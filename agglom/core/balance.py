@@ -10,8 +10,6 @@ Shape suffixes: B batch, T columns of the table, S teachers, G groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -23,6 +21,7 @@ from agglom.core.cells import (
     Measured,
     excess,
     listening,
+    on_average,
     reliability,
     shares,
     speakers,
@@ -30,43 +29,7 @@ from agglom.core.cells import (
     steadiness,
 )
 from agglom.core.types import Balancer, CellStats, LossTable
-
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Cells:
-    """What a balancer knows of the job.
-
-    `share_G`: each group's share under the sampler, over all rows, those without annotation included. `teacher_T`:
-    column → teacher index (int64). `batch`: the global batch. `rows`: training rows, for a generalisation adjustment.
-    `served_GT`: the cells that can occur, all by default; a specialist has none in the groups that it does not serve,
-    a teacher of other stages has none at all.
-    `static_T`: the static weight of each column, which its losses contain; all 1 by default. `groups` and `teachers`
-    are their names, by index. `count_G`: the training rows of each group, where a sampler that draws some groups more
-    often than others makes them another number than share × rows. `group_N`: the group of each row of the manifest.
-    Tensors lie on the device of the table, and so does the state.
-    """
-
-    share_G: Tensor
-    teacher_T: Tensor
-    batch: int
-    rows: int = 0
-    served_GT: Tensor | None = None
-    static_T: Tensor | None = None
-    groups: tuple[str, ...] = ()
-    teachers: tuple[str, ...] = ()
-    count_G: Tensor | None = None
-    group_N: Tensor | None = None
-
-    @property
-    def served_GS(self) -> Tensor:
-        """Groups × teachers (bool): who serves whom with any column."""
-        shape = len(self.share_G), int(self.teacher_T.max()) + 1
-        if self.served_GT is None:
-            return torch.ones(shape, dtype=torch.bool, device=self.share_G.device)
-        count_GS = self.share_G.new_zeros(shape, dtype=torch.float64)
-        return count_GS.index_add(1, self.teacher_T, self.served_GT.double()) > 0
+from agglom.core.weights import Cells, State, by_group, capped, following, mean_loss, unmoved
 
 
 def uniform(*, cells: Cells) -> Balancer:
@@ -86,14 +49,14 @@ def inverse_frequency(*, cells: Cells, power: float = 1.0, cap: float = 10.0) ->
     _require("inverse_frequency", power=(power, power >= 0, "≥ 0"), cap=(cap, cap >= 1, "≥ 1"))
     share_G = cells.share_G.double()
     q_G = torch.where(share_G > 0, share_G ** (1 - power), 0.0)
-    q_G = _capped(q_G, share_G, cap)
-    return Balancer(lambda: {"q_G": q_G.clone()}, _weigh_by_group(cells), lambda state, stats: state)
+    q_G = capped(q_G, share_G, cap)
+    return Balancer(lambda: {"q_G": q_G.clone()}, by_group(cells), lambda state, stats: state)
 
 
 def cells(
     *,
     cells: Cells,
-    measured: Measured | None = None,
+    measured: Measured,
     by: Literal["labels", "images", "views"] = "labels",
     temperature: float = 0.04,
     gamma: float = 1.0,
@@ -119,7 +82,6 @@ def cells(
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
     a step keeps its weight, and the others share theirs. A sample without annotation has q = p and the ρ of everybody.
     Of the teachers of an image ρ is 1 on average. An image of which no R is known has what its group has.
-    Where nothing is measured yet, ρ = 1 and q ∝ p^`gamma`: without labels there is no reliability.
     State: as that of `group_dro`.
     Raises ValueError unless temperature > 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap and support ≥ 0.
     """
@@ -133,30 +95,24 @@ def cells(
         cap=(cap, cap >= 1, "≥ 1"),
         support=(support, support >= 0, "≥ 0"),
     )
-    share_G, known = cells.share_G.double(), measured
+    share_G, served_GS = cells.share_G.double(), cells.served_GS
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
-    speaks_GG, follow = speakers(cells.groups, count_G, support), _following(cells, ema)
-    log_G = gamma * share_G.log()
-    served_GS = cells.served_GS
-    rho_GS = served_GS.double()
-    rho_S = rho_GS.amax(0)
-    if known is not None:
-        rho_GS = reliability(known.right_GS, served_GS, temperature)
-        rho_S = reliability(known.right_S[None], served_GS.any(0)[None], temperature)[0]
-        if by == "views":
-            kept_GS, kept_S = steadiness(known.noise_GT, known.spread_GT, cells.teacher_T)
-            rho_GS, rho_S = shares(kept_GS, served_GS), shares(kept_S[None], served_GS.any(0)[None])[0]
-        best_G, lag_G = standing(known, served_GS)
-        log_G = log_G + (best_G / SKILLED).clamp(UNSKILLED, 1).nan_to_num(1.0).log() + lag_G / tau
-    sure_NS = known.sure_NS if known is not None and by == "images" else None
+    static_T = torch.ones_like(cells.teacher_T) if cells.static_T is None else cells.static_T
+    speaks_GG, follow = speakers(cells.groups, count_G, support), following(cells, ema)
+    rho_GS = reliability(measured.right_GS, served_GS, temperature)
+    rho_S = reliability(measured.right_S[None], served_GS.any(0)[None], temperature)[0]
+    if by == "views":
+        kept_GS, kept_S = steadiness(measured.noise_GT, measured.spread_GT, cells.teacher_T)
+        rho_GS, rho_S = shares(kept_GS, served_GS), shares(kept_S[None], served_GS.any(0)[None])[0]
+    best_G, lag_G = standing(measured, served_GS)
+    skilled_G = (best_G / SKILLED).clamp(UNSKILLED, 1).nan_to_num(1.0)
+    log_G = gamma * share_G.log() + skilled_G.log() + lag_G / tau
+    sure_NS = measured.sure_NS if by == "images" else None
     if sure_NS is not None and cells.group_N is not None:
-        index_N = cells.group_N.clamp(min=0)
-        own_NS = listening(sure_NS, served_GS[index_N], temperature)
-        known_N1 = (cells.group_N >= 0)[:, None] & ~own_NS.isnan()
-        sum_GS = torch.zeros_like(rho_GS).index_add(0, index_N, torch.where(known_N1, own_NS, 0.0))
-        count_GS = torch.zeros_like(rho_GS).index_add(0, index_N, known_N1.double())
-        rho_GS = torch.where(count_GS > 0, sum_GS / count_GS.clamp(min=1), rho_GS)
-    weigh_groups = _weigh_by_group(cells)
+        rho_GS = on_average(
+            listening(sure_NS, served_GS[cells.group_N.clamp(min=0)], temperature), cells.group_N, rho_GS
+        )
+    weigh_groups = by_group(cells)
 
     def tempered(log_G: Tensor, here_G: Tensor, mass: Tensor) -> Tensor:
         """exp(log_G), scaled to `mass` between floor and cap; a mixture with uniform keeps all above the floor."""
@@ -166,10 +122,10 @@ def cells(
         # The largest is subtracted, as exp overflows; where it underflows the cap would have nothing to scale.
         q_G = torch.exp(log_G - log_G.max().clamp(min=torch.finfo(torch.float64).min)) + 1e-30 * part_G
         low_G = floor * part_G
-        return low_G + _capped(q_G, part_G, cap - floor, (mass - low_G.sum()).clamp(min=0))
+        return low_G + capped(q_G, part_G, cap - floor, (mass - low_G.sum()).clamp(min=0))
 
     def init() -> State:
-        return _unmoved(cells) | {"q_G": tempered(log_G, share_G > 0, share_G.sum())}
+        return unmoved(cells) | {"q_G": tempered(log_G, share_G > 0, share_G.sum())}
 
     def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
         rho_BS = torch.where(group_B[:, None] < 0, rho_S, rho_GS[group_B.clamp(min=0)])
@@ -186,14 +142,11 @@ def cells(
         groups = len(share_G)
         merged = CellStats(speaks_GG @ stats.sum_GT[:groups], speaks_GG @ stats.count_GT[:groups])
         followed, active_GT, ready_G = follow(state, merged)
-        if known is None:
-            return state | followed
-        left_G = excess(followed["loss_GT"] / static_T, known, rho_GS[:, cells.teacher_T] * active_GT)
+        left_G = excess(followed["loss_GT"] / static_T, measured, rho_GS[:, cells.teacher_T] * active_GT)
         mass = torch.where(ready_G, state["q_G"], 0.0).sum()
         q_G = tempered(log_G + left_G / tau, ready_G, mass)
         return {"q_G": torch.where(ready_G, q_G, state["q_G"]), **followed}
 
-    static_T = torch.ones_like(cells.teacher_T) if cells.static_T is None else cells.static_T
     return Balancer(init, weigh, update)
 
 
@@ -219,19 +172,19 @@ def group_dro(
     share_G = cells.share_G.double()
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
     bonus_G = adjustment / count_G.sqrt() if adjustment else torch.zeros_like(share_G)
-    follow, per_teacher = _following(cells, ema), _per_teacher(cells)
+    follow, mean = following(cells, ema), mean_loss(cells)
 
     def update(state: State, stats: CellStats) -> State:
         followed, active_GT, ready_G = follow(state, stats)
-        loss_G = per_teacher(followed["loss_GT"], active_GT)
+        loss_G = mean(followed["loss_GT"], active_GT)
         mass_G = torch.where(ready_G, state["q_G"], 0.0)
         # The largest exponent is subtracted: it cancels in the normalisation, and exp cannot overflow.
         exponent_G = torch.where(ready_G, eta * (loss_G + bonus_G), -torch.inf)
         tilted_G = mass_G * torch.exp(exponent_G - exponent_G.max().clamp(min=torch.finfo(torch.float64).min))
-        q_G = _capped(tilted_G, torch.where(ready_G, share_G, 0.0), cap, mass_G.sum())
+        q_G = capped(tilted_G, torch.where(ready_G, share_G, 0.0), cap, mass_G.sum())
         return {"q_G": torch.where(ready_G, q_G, state["q_G"]), **followed}
 
-    return Balancer(lambda: _unmoved(cells), _weigh_by_group(cells), update)
+    return Balancer(lambda: unmoved(cells), by_group(cells), update)
 
 
 def teacher_dropping(*, cells: Cells, p: float = 0.5) -> Balancer:
@@ -319,7 +272,7 @@ def static(
     weight_G = _by_name("groups", groups or {}, cells.groups, share_G)
     teacher_S = share_G.new_ones(int(cells.teacher_T.max()) + 1)
     weight_S = _by_name("teachers", teachers or {}, cells.teachers, teacher_S / len(teacher_S))
-    weigh_groups = _weigh_by_group(cells)
+    weigh_groups = by_group(cells)
 
     def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return weigh_groups(state, table, group_B) * weight_S.to(table.loss_BT.dtype)[cells.teacher_T]
@@ -339,11 +292,11 @@ def cvar(*, cells: Cells, alpha: float = 0.2, ema: float = 0.1) -> Balancer:
     """
     _require("cvar", alpha=(alpha, 0 < alpha <= 1, "in (0, 1]"), ema=(ema, 0 < ema <= 1, "in (0, 1]"))
     share_G = cells.share_G.double()
-    follow, per_teacher = _following(cells, ema), _per_teacher(cells)
+    follow, mean = following(cells, ema), mean_loss(cells)
 
     def update(state: State, stats: CellStats) -> State:
         followed, active_GT, ready_G = follow(state, stats)
-        loss_G = per_teacher(followed["loss_GT"], active_GT)
+        loss_G = mean(followed["loss_GT"], active_GT)
         # A loss that is not finite must reach every weight, not only move its group to an end of the order.
         mass = torch.where(ready_G, state["q_G"] + 0 * loss_G, 0.0).sum()
         order_G = torch.where(ready_G, loss_G, -torch.inf).argsort(descending=True, stable=True)
@@ -352,7 +305,7 @@ def cvar(*, cells: Cells, alpha: float = 0.2, ema: float = 0.1) -> Balancer:
         q_G = torch.empty_like(taken_G).index_copy(0, order_G, taken_G)
         return {"q_G": torch.where(ready_G, q_G, state["q_G"]), **followed}
 
-    return Balancer(lambda: _unmoved(cells), _weigh_by_group(cells), update)
+    return Balancer(lambda: unmoved(cells), by_group(cells), update)
 
 
 def agre(*, cells: Cells, biased: str, follow: float = 0.01) -> Balancer:
@@ -401,76 +354,6 @@ def agre(*, cells: Cells, biased: str, follow: float = 0.01) -> Balancer:
         return (part_BS / cells.batch).to(loss_BT.dtype)[:, cells.teacher_T]
 
     return Balancer(dict, weigh, lambda state, stats: state)
-
-
-def _unmoved(cells: Cells) -> State:
-    """The state of a balancer that follows the losses, before the first step: q at the shares, no losses."""
-    share_G = cells.share_G.double()
-    loss_GT = share_G.new_zeros(len(share_G), len(cells.teacher_T))
-    return {"q_G": share_G.clone(), "loss_GT": loss_GT, "seen_GT": torch.zeros_like(loss_GT, dtype=torch.bool)}
-
-
-def _following(cells: Cells, ema: float) -> Callable[[State, CellStats], tuple[State, Tensor, Tensor]]:
-    """(state, stats) → `loss_GT` and `seen_GT` after a step, the cells of this step, and which groups are known.
-
-    Cells of a step (`active_GT`) are those of its teachers in the groups that they serve. A group is known where it was
-    in this step and the moving average of every such cell has begun.
-    """
-    shape = len(cells.share_G), len(cells.teacher_T)
-    everywhere_GT = torch.ones(shape, dtype=torch.bool, device=cells.share_G.device)
-    served_GT = everywhere_GT if cells.served_GT is None else cells.served_GT
-
-    def follow(state: State, stats: CellStats) -> tuple[State, Tensor, Tensor]:
-        sum_GT, count_GT = (part_GT[: shape[0]] for part_GT in stats)
-        seen_GT, now_GT = state["seen_GT"], count_GT > 0
-        mean_GT = sum_GT / count_GT.clamp(min=1)
-        moved_GT = torch.where(seen_GT, torch.lerp(state["loss_GT"], mean_GT, ema), mean_GT)
-        loss_GT = torch.where(now_GT, moved_GT, state["loss_GT"])
-        seen_GT = seen_GT | now_GT
-        active_GT = now_GT.any(0) & served_GT
-        ready_G = now_GT.any(1) & (seen_GT | ~active_GT).all(1)
-        return {"loss_GT": loss_GT, "seen_GT": seen_GT}, active_GT, ready_G
-
-    return follow
-
-
-def _per_teacher(cells: Cells) -> Callable[[Tensor, Tensor], Tensor]:
-    """(losses, active cells) → the loss of each group: the sum of the active columns over the number of teachers."""
-    teachers = int(cells.teacher_T.max()) + 1
-
-    def per_teacher(loss_GT: Tensor, active_GT: Tensor) -> Tensor:
-        zeros_GS = loss_GT.new_zeros(len(loss_GT), teachers)
-        active_GS = zeros_GS.index_add(1, cells.teacher_T, active_GT.to(zeros_GS))
-        return (loss_GT * active_GT).sum(1) / active_GS.count_nonzero(1).clamp(min=1)
-
-    return per_teacher
-
-
-def _weigh_by_group(cells: Cells) -> Callable[..., Tensor]:
-    """weigh(): q_g/(p_g·B) from the state's `q_G`, 1/B without annotation or in a group that has no rows."""
-    share_G = cells.share_G.double()
-
-    def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        ratio_G = torch.where(share_G > 0, state["q_G"] / share_G, 1.0)
-        ratio_B = torch.where(group_B < 0, 1.0, ratio_G[group_B.clamp(min=0)])
-        return (ratio_B / cells.batch).to(table.loss_BT.dtype)[:, None].expand_as(table.loss_BT)
-
-    return weigh
-
-
-def _capped(q_G: Tensor, share_G: Tensor, cap: float, total: Tensor | None = None) -> Tensor:
-    """q scaled to the sum `total` (of the shares, by default) with q ≤ cap·share; the rest take what the cap cuts."""
-    total = share_G.sum() if total is None else total
-    over_G = torch.zeros_like(q_G, dtype=torch.bool)
-    scaled_G = q_G
-    # Each round caps at least one more group or changes nothing.
-    for _ in range(len(q_G)):
-        room = total - torch.where(over_G, cap * share_G, 0.0).sum()
-        free = torch.where(over_G, 0.0, q_G).sum()
-        scale = room / free.clamp(min=torch.finfo(torch.float64).tiny)
-        scaled_G = torch.where(over_G, cap * share_G, q_G * scale)
-        over_G = over_G | (scaled_G > cap * share_G)
-    return torch.minimum(scaled_G, cap * share_G)
 
 
 def _by_name(option: str, weights: dict[str, float], names: tuple[str, ...], share_N: Tensor) -> Tensor:

@@ -30,10 +30,9 @@ class Measured:
 
     `right_GS`: AUROC of a teacher's probe in a group, shrunk towards that over everybody by its uncertainty (`shrunk`),
     `raw_GS` as it was found, and `right_S` over everybody. `student_G`: that of the student, shrunk, NaN before it has
-    learnt anything. `noise_GT`
-    and `spread_GT`: half the mean loss between the targets of two views of an image, and of two images of the group,
-    without static weights. `sure_NS` (float32), where it is asked for: how probable it is that a teacher's probe is
-    right on an image (`agglom.confidence`).
+    learnt anything. `noise_GT` and `spread_GT`: half the mean loss between the targets of two views of an image, and of
+    two images of the group, without static weights. `sure_NS` (float32), where it is asked for: how probable it is that
+    a teacher's probe is right on an image (`agglom.confidence`).
     """
 
     right_GS: Tensor
@@ -86,6 +85,15 @@ def shares(worth_BS: Tensor, among_BS: Tensor) -> Tensor:
     """What each of some teachers counts by its worth: 1 on average over those, 0 for the others."""
     worth_BS = torch.where(among_BS, worth_BS, 0.0)
     return worth_BS * among_BS.sum(1, keepdim=True) / worth_BS.sum(1, keepdim=True).clamp(min=1e-300)
+
+
+def on_average(rho_NS: Tensor, group_N: Tensor, otherwise_GS: Tensor) -> Tensor:
+    """The mean over the images of each group of which ρ is known (G × S); `otherwise_GS` where it is of none."""
+    known_N1 = (group_N >= 0)[:, None] & ~rho_NS.isnan()
+    index_N, zeros_GS = group_N.clamp(min=0), torch.zeros_like(otherwise_GS)
+    sum_GS = zeros_GS.index_add(0, index_N, torch.where(known_N1, rho_NS, 0.0))
+    count_GS = zeros_GS.index_add(0, index_N, known_N1.double())
+    return torch.where(count_GS > 0, sum_GS / count_GS.clamp(min=1), otherwise_GS)
 
 
 def standing(measured: Measured, served_GS: Tensor) -> tuple[Tensor, Tensor]:

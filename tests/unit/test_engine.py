@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 
 from agglom import engine
-from agglom.core.balance import Cells, agre
+from agglom.core.balance import agre
 from agglom.core.heads import Distiller
 from agglom.core.losses import columns, objective, table, teacher_index
 from agglom.core.types import Dims, Features
+from agglom.core.weights import Cells
 from agglom.errors import DataError
 from agglom.job import Data, Engine, Job, Optim, Stage
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from agglom.core.balance import (
-    Cells,
     ada_loss,
     agre,
     cvar,
@@ -22,6 +21,7 @@ from agglom.core.balance import (
 from agglom.core.groups import tally
 from agglom.core.losses import objective
 from agglom.core.types import CellStats, LossTable
+from agglom.core.weights import Cells
 
 SHARES = torch.tensor([0.6, 0.25, 0.05], dtype=torch.float64)
 TEACHERS = torch.tensor([0, 0, 1])

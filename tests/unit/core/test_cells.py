@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agglom.core import balance
-from agglom.core.balance import Cells
 from agglom.core.cells import (
     APART,
     FOLLOWED,
@@ -25,6 +24,7 @@ from agglom.core.cells import (
 )
 from agglom.core.groups import tally
 from agglom.core.types import CellStats, LossTable
+from agglom.core.weights import Cells
 
 NAN = math.nan
 SHARES = np.array([0.6, 0.25, 0.05])
@@ -261,13 +261,6 @@ def test_a_group_that_is_noise_takes_nothing_from_the_others():
     assert 0.1 <= ratio[2] < 0.5
 
 
-def test_without_measurements_it_only_tempers_the_shares():
-    balancer = balance.cells(cells=of(), gamma=0.5, floor=0.0, cap=100.0)
-    state = balancer.update(balancer.init(), stats(np.random.default_rng(0).random((3, 3)), np.ones((3, 3))))
-    expected = SHARES**0.5
-    np.testing.assert_allclose(state["q_G"], expected / expected.sum() * SHARES.sum())
-
-
 def test_everything_alike_is_uniform():
     known = measured(
         right_GS=[[0.9, 0.9]] * 3,
@@ -320,7 +313,7 @@ def test_a_specialist_weighs_only_where_it_serves():
 )
 def test_options_out_of_range(option, value):
     with pytest.raises(ValueError, match=f"balance cells: {option} is {value}"):
-        balance.cells(cells=of(), **{option: value})
+        balance.cells(cells=of(), measured=measured(), **{option: value})
 
 
 # ── Image by image ──
