@@ -29,11 +29,13 @@ from agglom.data.dataset import view_random
 from agglom.measure import NUISANCE
 
 TRAIN, VAL, TEST = 10_000, 2_000, 5_000
+TUNING, HELD = "tuning, on validation", 10_000  # a case, and its validation images
 MAJORITY, BALANCED, NOISE = 20_000, 1_500, (1_000, 200)
 TWINS = 128  # images of each group of which there is a simulated acquisition
 WIDTH, PIXELS = 32, 64
 NIH = ROOT.parent / "shared" / "data" / "nih1000"
 NIH_PIXELS = 112
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -91,19 +93,19 @@ class Trunk(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def fashion(seed: int, source: Path, folder: Path) -> Material:
+def fashion(seed: int, source: Path, folder: Path, val_images: int = VAL) -> Material:
     """Device B takes 12 % of the training images and half of the others. Images of pure noise are there for a hard
     case and are of no part."""
-    found = kept(folder / f"fashion-{seed}.safetensors", lambda: _fashion(seed, source))
+    found = kept(folder / f"fashion-{seed}.safetensors", lambda: _fashion(seed, source, val_images))
     one_hot_NL = F.one_hot(found["class"], 10).double()
     rows = torch.arange(len(one_hot_NL))
-    fit, val, test, _ = rows.split([TRAIN, VAL, TEST, sum(NOISE)])
+    fit, val, test, _ = rows.split([TRAIN, val_images, TEST, sum(NOISE)])
     groups, group_N = ("A", "B"), found["device"]
     told = found["pixels"], one_hot_NL, group_N, groups, group_N, groups, rows, fit, val, test
     return Material(*told, _part(found, "raw/"), found["twins"], _part(found, "twin/"))
 
 
-def _fashion(seed: int, source: Path) -> dict[str, Tensor]:
+def _fashion(seed: int, source: Path, val_images: int) -> dict[str, Tensor]:
     rng = np.random.default_rng(seed)
 
     def read(stem: str) -> tuple[np.ndarray, np.ndarray]:
@@ -112,8 +114,8 @@ def _fashion(seed: int, source: Path) -> dict[str, Tensor]:
 
     (images, classes), (test_images, test_classes) = read("train"), read("t10k")
     order, held = rng.permutation(len(images)), rng.permutation(len(test_images))[:TEST]
-    own, theirs = np.split(order, [TRAIN + VAL])
-    device_N = np.concatenate([rng.random(TRAIN) < simulate.SHARE_B["train"], rng.random(VAL + TEST) < 0.5])
+    own, theirs = np.split(order, [TRAIN + val_images])
+    device_N = np.concatenate([rng.random(TRAIN) < simulate.SHARE_B["train"], rng.random(val_images + TEST) < 0.5])
     taken = simulate.simulate(np.concatenate([images[own], test_images[held]]), device_N, seed)
     noise = rng.random((sum(NOISE), *taken.shape[1:]), dtype=np.float32)
     pixels_NCHW = torch.as_tensor(np.concatenate([taken, noise]))[:, None]
@@ -121,7 +123,7 @@ def _fashion(seed: int, source: Path) -> dict[str, Tensor]:
     class_N = torch.as_tensor(np.concatenate([classes[own], test_classes[held], drawn]))
     group_N = torch.as_tensor(np.concatenate([device_N.astype(np.int64), np.full(sum(NOISE), 2)]))
     in_train = torch.arange(len(group_N)) < TRAIN
-    in_train[TRAIN + VAL + TEST : TRAIN + VAL + TEST + NOISE[0]] = True
+    in_train[TRAIN + val_images + TEST : TRAIN + val_images + TEST + NOISE[0]] = True
     rows_M = torch.cat([torch.nonzero(in_train & (group_N == group))[:TWINS, 0] for group in range(3)])
     both_NCHW = torch.cat([pixels_NCHW, twins(pixels_NCHW, rows_M, seed)])
     raw = {}
@@ -171,7 +173,7 @@ def missing(m: Material, seed: int) -> Material:
 
 def noise_group(m: Material, seed: int) -> Material:
     """A third group, 9 % of train and val, is noise: its classes are drawn, and no loss can fall there."""
-    train, val = torch.arange(TRAIN + VAL + TEST, len(m.group_N)).split(NOISE)
+    train, val = torch.arange(len(m.group_N) - sum(NOISE), len(m.group_N)).split(NOISE)
     values = ("A", "B", "noise")
     return replace(m, values=values, groups=values, fit=torch.cat([m.fit, train]), val=torch.cat([m.val, val]))
 
@@ -192,8 +194,15 @@ def crossings(m: Material, seed: int) -> Material:
     return replace(m, group_N=group_N, groups=values, seen_N=group_N, values=values)
 
 
+def tuning(m: Material, seed: int) -> Material:
+    """What is chosen may see no test image: of many for validation all but some play their part."""
+    val, test = m.val.split([VAL, HELD - VAL])
+    return replace(m, val=val, test=test)
+
+
 CASES: dict[str, Callable[[Material, int], Material]] = {
     "": lambda m, seed: m,
+    TUNING: tuning,
     "20 % wrong annotations": wrong,
     "30 % missing annotations": missing,
     "a group of noise": noise_group,
@@ -206,13 +215,14 @@ CASES: dict[str, Callable[[Material, int], Material]] = {
 
 
 def nih(seed: int, folder: Path) -> Material:
-    """The 776 radiographs of nih1000 with sex × view; a seed parts the patients anew, 60, 20 and 20 %."""
+    """The 776 radiographs of nih1000 with sex × view. A seed is a fold: of five parts of the patients one is for test,
+    the next for validation, so that five seeds in a row test each patient once."""
     with (NIH / "manifest.csv").open() as file:
         table = [row for row in csv.DictReader(file) if row["sex"] and row["view"]]
     names, patient_N = np.unique([row["patient_id"] for row in table], return_inverse=True)
-    part_I = np.random.default_rng(seed).permutation(len(names)) * 5 // len(names)
+    part_I = (np.random.default_rng(0).permutation(len(names)) * FOLDS // len(names) - seed) % FOLDS
     part_N = torch.as_tensor(part_I[patient_N])
-    fit, val, test = (torch.nonzero(part)[:, 0] for part in (part_N < 3, part_N == 3, part_N == 4))
+    test, val, fit = (torch.nonzero(part)[:, 0] for part in (part_N == 0, part_N == 1, part_N > 1))
     values = ("F|AP", "F|PA", "M|AP", "M|PA")
     group_N = torch.tensor([values.index(f"{row['sex']}|{row['view']}") for row in table])
     found = kept(folder / "nih.safetensors", lambda: _nih(table))
