@@ -1,7 +1,9 @@
 """How probable it is that the linear probe of a teacher is right on a train image, by how confident it is there.
 
-Confidence is the |logit| of a probe that has not seen the patient; how often such confidence is right, validation says.
-The label of the image itself plays no part, and its group a small one, so that wrong groups do little harm.
+Both classes of a label count alike, or all teachers would look alike on one that is rare: what a probe says is positive
+where it is above the prevalence, and confidence is how far it is from that, in logits, of a probe that has not seen the
+patient. How often such confidence is right, validation says, its two classes weighted to one half each. The label of
+the image itself plays no part, and its group a small one, so that wrong groups do little harm.
 
 Shape suffixes: N surveyed rows, M of these that are scored, V validation rows, D width of the summary,
 S teachers, L labels, G groups.
@@ -95,24 +97,28 @@ def out_of_fold(
 def right(
     score_V: np.ndarray, label_V: np.ndarray, group_V: np.ndarray, score_N: np.ndarray, group_N: np.ndarray, groups: int
 ) -> np.ndarray:
-    """The probability that scores are on the right side of .5, from |logit| and group (−1: none), by a logistic
-    regression on validation. Its L2 penalty holds a group of a few images to what all of them say.
+    """The probability that scores are on the right side of the prevalence in validation, were both classes as frequent,
+    from how far they are from it and group (−1: none). By a logistic regression on validation, where each class has
+    half of the weight; its L2 penalty holds a group of a few images to what all of them say.
 
-    Where validation is all right or all wrong: its share, by the rule of succession.
+    Where validation is all right or all wrong: its share, by the rule of succession. Validation needs both classes.
     """
     from sklearn.linear_model import LogisticRegression
 
-    told_V = (score_V >= 0.5) == (label_V == 1)
+    prevalence = (label_V == 1).mean()
+    told_V = (score_V >= prevalence) == (label_V == 1)
     if told_V.all() or not told_V.any():
         return np.full(len(score_N), (told_V.sum() + 1) / (len(told_V) + 2))
-    model = LogisticRegression(solver="newton-cholesky", tol=1e-8).fit(_described(score_V, group_V, groups), told_V)
-    return model.predict_proba(_described(score_N, group_N, groups))[:, 1]
+    weight_V = 0.5 / np.where(label_V == 1, prevalence, 1 - prevalence)
+    model = LogisticRegression(solver="newton-cholesky", tol=1e-8)
+    model.fit(_described(score_V, group_V, prevalence, groups), told_V, weight_V)
+    return model.predict_proba(_described(score_N, group_N, prevalence, groups))[:, 1]
 
 
-def _described(score_N: np.ndarray, group_N: np.ndarray, groups: int) -> np.ndarray:
+def _described(score_N: np.ndarray, group_N: np.ndarray, prevalence: float, groups: int) -> np.ndarray:
     """Confidence, the group, and the confidence in it: N × (1 + 2 G)."""
     from scipy.special import logit
 
-    sure_N1 = np.abs(logit(np.clip(score_N, probes.CLIP, 1 - probes.CLIP)))[:, None]
+    sure_N = np.abs(logit(np.clip(score_N, probes.CLIP, 1 - probes.CLIP)) - logit(prevalence))
     group_NG = (group_N[:, None] == np.arange(groups)).astype(np.float64)
-    return np.concatenate([sure_N1, group_NG, sure_N1 * group_NG], 1)
+    return np.concatenate([sure_N[:, None], group_NG, sure_N[:, None] * group_NG], 1)

@@ -46,6 +46,7 @@ from _record import below, chosen, lines, plot, tuned
 from _settings import CASES, HELD, TUNING, VAL, Material, Trunk, fashion, nih
 from torch import Tensor, nn
 
+from agglom import confidence
 from agglom.core import balance, cells, groups, losses, metrics, normalise, schedule
 from agglom.core.cells import Measured
 from agglom.core.heads import Head
@@ -104,6 +105,7 @@ METHODS = {
     "cells, fed back twice": Method(CELLS, stages=3),
     "cells, by views": Method(partial(CELLS, by="views")),
     "cells + MFD, tuned": Method(CELLS, mfd=0.1),
+    "cells, by images, + MFD, tuned": Method(partial(CELLS, by="images"), mfd=0.1),
     "cells, reliability alone": Method(partial(CELLS, tau=1e6)),
     "cells, tilt alone": Method(partial(CELLS, temperature=1e6)),
     "views": Method(balance.uniform, seen=ANY),
@@ -121,6 +123,7 @@ GRID = {
     **{f"cells, τ = {tau}": Method(partial(CELLS, tau=tau)) for tau in (0.1, 0.3, 0.5, 0.8)},
     **{f"cells, by images, τ = {tau}": Method(partial(CELLS, by="images", tau=tau)) for tau in (0.5, 0.8)},
     **{f"cells, τ = {tau}, + MFD, weight 0.1": Method(partial(CELLS, tau=tau), mfd=0.1) for tau in (0.3, 0.5, 0.8)},
+    "cells, by images, τ = 0.8, + MFD, weight 0.1": Method(partial(CELLS, by="images"), mfd=0.1),
 }
 OF_STUDENTS = {
     "small": tuple(METHODS),
@@ -130,7 +133,7 @@ OF_STUDENTS = {
 IN_ALL = ("uniform", "cells", "cells, τ = .3")
 IN_CASES = {
     "20 % wrong annotations": ("cells, by images", "MFD, tuned"),
-    "a group of noise": ("cells, fed back twice", "group DRO, size-adjusted", "MFD, tuned"),
+    "a group of noise": ("cells, by images", "group DRO, size-adjusted", "MFD, tuned"),
 }
 IN_B = ("uniform", "inverse frequency", "group DRO, size-adjusted", "UNIC dropping", "cells", "views + cells")
 
@@ -192,19 +195,14 @@ def measured(m: Material, scored: dict[str, np.ndarray]) -> Measured:
 
 
 def sure(m: Material, scored: dict[str, np.ndarray]) -> Tensor:
-    """The probability (N, S) that a teacher's probe is right on a train image, as agglom finds it: out of fold, by the
-    confidence that validation says is right so often; NaN elsewhere."""
+    """The probability (N, S) that a teacher's probe is right on a train image, as agglom finds it, out of fold; NaN
+    elsewhere."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_predict
 
     fit, val, y_N = m.fit.numpy(), m.val.numpy(), m.label_NL.argmax(1).numpy()
+    told_N = m.seen_N.numpy()
     found = torch.full((len(y_N), len(m.raw)), torch.nan)
-    group_NG = np.eye(len(m.values) + 1)[m.seen_N.numpy()][:, :-1]
-
-    def features(p_XL: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        top_X = p_XL.max(1).clip(max=1 - 1e-6)
-        return np.column_stack([np.log(top_X / (1 - top_X)), group_NG[rows]])
-
     for column, (name, raw_ND) in enumerate(m.raw.items()):
         x_ND = raw_ND.double() - raw_ND[m.fit].double().mean(0)
         if x_ND.shape[1] > 128:  # for speed
@@ -214,9 +212,11 @@ def sure(m: Material, scored: dict[str, np.ndarray]) -> Tensor:
             warnings.simplefilter("ignore")  # as in `probed`
             model = LogisticRegression(C=0.1, max_iter=100)
             p_XL = cross_val_predict(model, x_XD, y_N[fit], cv=5, method="predict_proba")
-        right_V = scored[name][val].argmax(1) == y_N[val]
-        judge = LogisticRegression().fit(features(scored[name][val], val), right_V)
-        found[m.fit, column] = torch.as_tensor(judge.predict_proba(features(p_XL, fit))[:, 1]).float()
+        of_labels = [
+            confidence.right(p_V, y_N[val] == label, told_N[val], p_X, told_N[fit], len(m.values))
+            for label, (p_V, p_X) in enumerate(zip(scored[name][val].T, p_XL.T, strict=True))
+        ]
+        found[m.fit, column] = torch.as_tensor(np.mean(of_labels, 0)).float()
     return found
 
 

@@ -55,39 +55,64 @@ def test_a_class_of_one_patient_cannot_be_held_out():
     assert np.isnan(confidence.out_of_fold(x, label, patient, np.ones(35, bool), 1.0, 0)).all()
 
 
-def simulated(n=4000, seed=0):
+def simulated(n=4000, seed=0, middle=0.0):
     """Scores that are right as often as they say in group 0, less often in group 1 however sure they are."""
     rng = np.random.default_rng(seed)
-    group, score = rng.integers(0, 2, n), expit(2 * rng.standard_normal(n))
+    group, score = rng.integers(0, 2, n), expit(middle + 2 * rng.standard_normal(n))
     p = np.where(group == 0, score, 0.5 + 0.2 * (score - 0.5))
     return score, (rng.random(n) < p).astype(float), group
 
 
+def confident(score, label):
+    """How far scores are from the prevalence."""
+    return np.abs(logit(np.clip(score, probes.CLIP, 1 - probes.CLIP)) - logit(label.mean()))
+
+
 def test_right_agrees_with_the_penalised_likelihood():
-    """Minimised by another optimiser, over a design that is written out."""
-    score, label, group = simulated(300)
+    """Minimised by another optimiser, over a design that is written out, with classes that are not alike."""
+    score, label, group = simulated(300, middle=-2.0)
     group[:40] = -1
-    c = np.abs(logit(np.clip(score, probes.CLIP, 1 - probes.CLIP)))
+    assert label.mean() < 0.35
+    c = confident(score, label)
     design = np.stack([np.ones(300), c, group == 0, group == 1, c * (group == 0), c * (group == 1)], 1)
-    sign = np.where((score >= 0.5) == (label == 1), 1, -1)
+    sign = np.where((score >= label.mean()) == (label == 1), 1, -1)
+    each = np.where(label == 1, 150 / (label == 1).sum(), 150 / (label == 0).sum())
 
     def loss(w):
-        return np.logaddexp(0, -sign * (design @ w)).sum() + (w[1:] ** 2).sum() / 2
+        return (each * np.logaddexp(0, -sign * (design @ w))).sum() + (w[1:] ** 2).sum() / 2
 
     weight = minimize(loss, np.zeros(6), tol=1e-12).x
     found = confidence.right(score, label, group, score, group, 2)
     np.testing.assert_allclose(found, expit(design @ weight), atol=1e-5)
 
 
-def test_right_is_calibrated_in_each_group():
-    judged, (score, label, group) = simulated(seed=1), simulated(seed=2)
+@pytest.mark.parametrize("middle", [0.0, -1.0])
+def test_right_is_calibrated_in_each_group_were_both_classes_as_frequent(middle):
+    judged, (score, label, group) = simulated(20_000, 1, middle), simulated(20_000, 2, middle)
     p = confidence.right(*judged, score, group, 2)
-    told = (score >= 0.5) == (label == 1)
+    told = (score >= judged[1].mean()) == (label == 1)
+    each = 1 / np.where(label == 1, label.mean(), 1 - label.mean())
     for one in (0, 1):
         for part in (p < np.median(p[group == one]), p >= np.median(p[group == one])):
             here = part & (group == one)
-            assert p[here].mean() == pytest.approx(told[here].mean(), abs=0.04)
-    assert p[group == 0].mean() - p[group == 1].mean() > 0.15
+            said, found = (np.average(x[here], weights=each[here]) for x in (p, told))
+            assert said == pytest.approx(found, abs=0.04)
+    assert p[group == 0].mean() - p[group == 1].mean() > 0.1
+
+
+def test_a_rare_label_tells_teachers_apart():
+    """Both probes are right on nearly all images if whoever says no is right; one of them knows nothing."""
+    rng = np.random.default_rng(0)
+    label = (rng.random(4000) < 0.03).astype(float)
+    group, logits = (
+        np.zeros(4000, np.int64),
+        np.stack([4 * label - 5, 0 * label - 3.5]) + rng.standard_normal((2, 4000)),
+    )
+    knows, guesses = (confidence.right(score, label, group, score, group, 1).mean() for score in expit(logits))
+    plain = [((score >= 0.5) == (label == 1)).mean() for score in expit(logits)]
+    assert abs(plain[0] - plain[1]) < 0.03
+    assert knows > 0.9
+    assert guesses == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("groups", [1, 40])
@@ -99,7 +124,7 @@ def test_a_group_of_one_image_or_none_says_nearly_what_all_say(groups):
     empty = confidence.right(score, label, group, score, np.full(400, groups // 2), groups)
     assert np.abs(found - pooled).max() < 0.15
     assert np.abs(empty - pooled).max() < 0.05
-    assert (np.diff(found[np.argsort(np.abs(score - 0.5))]) >= 0).all()
+    assert (np.diff(found[np.argsort(confident(score, label))]) >= 0).all()
 
 
 def test_all_right_or_all_wrong_is_a_share():
