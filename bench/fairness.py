@@ -85,6 +85,7 @@ class Method(NamedTuple):
 
 
 CELLS, INVERSE = balance.cells, balance.inverse_frequency
+LABELS = partial(CELLS, by="labels")
 METHODS = {
     "uniform": Method(balance.uniform),
     "inverse frequency": Method(INVERSE),
@@ -99,19 +100,19 @@ METHODS = {
     "MFD": Method(balance.uniform, mfd=1.0),
     "MFD, tuned": Method(balance.uniform, mfd=0.1),
     "cells": Method(CELLS),
-    "cells, τ = .3": Method(partial(CELLS, tau=0.3)),
-    "cells, τ = .1": Method(partial(CELLS, tau=0.1)),
-    "cells, by images": Method(partial(CELLS, by="images")),
-    "cells, fed back twice": Method(CELLS, stages=3),
+    "cells, by labels": Method(LABELS),
+    "cells, by labels, τ = .3": Method(partial(LABELS, tau=0.3)),
+    "cells, by labels, τ = .1": Method(partial(LABELS, tau=0.1)),
+    "cells, by labels, fed back twice": Method(LABELS, stages=3),
+    "cells, by labels, reliability alone": Method(partial(LABELS, tau=1e6)),
     "cells, by views": Method(partial(CELLS, by="views")),
+    "cells, tilt alone": Method(partial(LABELS, temperature=1e6)),
     "cells + MFD, tuned": Method(CELLS, mfd=0.1),
-    "cells, by images, + MFD, tuned": Method(partial(CELLS, by="images"), mfd=0.1),
-    "cells, reliability alone": Method(partial(CELLS, tau=1e6)),
-    "cells, tilt alone": Method(partial(CELLS, temperature=1e6)),
+    "cells, by labels, + MFD, tuned": Method(LABELS, mfd=0.1),
     "views": Method(balance.uniform, seen=ANY),
     "views + cells": Method(CELLS, seen=ANY),
     "views-unlike": Method(balance.uniform, seen=UNLIKE),
-    "views-unlike + cells": Method(CELLS, seen=UNLIKE),
+    "views-unlike + cells, by labels": Method(LABELS, seen=UNLIKE),
 }
 # What is chosen from, on validation.
 GRID = {
@@ -120,20 +121,20 @@ GRID = {
     **{f"resampling by group, power {power}": Method(balance.uniform, resample=power) for power in (0.25, 0.5)},
     **{f"UNIC dropping, p = {p}": Method(partial(balance.teacher_dropping, p=p)) for p in (0.25, 0.5)},
     **{f"MFD, weight {weight}": Method(balance.uniform, mfd=weight) for weight in (0.03, 0.1, 0.3)},
-    **{f"cells, τ = {tau}": Method(partial(CELLS, tau=tau)) for tau in (0.1, 0.3, 0.5, 0.8)},
-    **{f"cells, by images, τ = {tau}": Method(partial(CELLS, by="images", tau=tau)) for tau in (0.5, 0.8)},
-    **{f"cells, τ = {tau}, + MFD, weight 0.1": Method(partial(CELLS, tau=tau), mfd=0.1) for tau in (0.3, 0.5, 0.8)},
-    "cells, by images, τ = 0.8, + MFD, weight 0.1": Method(partial(CELLS, by="images"), mfd=0.1),
+    **{f"cells, by labels, τ = {tau}": Method(partial(LABELS, tau=tau)) for tau in (0.1, 0.3, 0.5, 0.8)},
+    "cells, τ = 0.8": Method(CELLS),
+    **{f"cells, by labels, τ = {tau}, + MFD": Method(partial(LABELS, tau=tau), mfd=0.1) for tau in (0.3, 0.5, 0.8)},
+    "cells, τ = 0.8, + MFD": Method(CELLS, mfd=0.1),
 }
 OF_STUDENTS = {
     "small": tuple(METHODS),
-    "large": ("uniform", "inverse frequency", "MFD, tuned", "cells", "cells + MFD, tuned", "views + cells"),
+    "large": ("uniform", "MFD, tuned", "cells", "cells + MFD, tuned", "views + cells"),
     "large, four times as long": ("uniform", "cells + MFD, tuned", "views + cells"),
 }
-IN_ALL = ("uniform", "cells", "cells, τ = .3")
+IN_ALL = ("uniform", "cells")
 IN_CASES = {
-    "20 % wrong annotations": ("cells, by images", "MFD, tuned"),
-    "a group of noise": ("cells, by images", "group DRO, size-adjusted", "MFD, tuned"),
+    "20 % wrong annotations": ("cells, by labels", "MFD, tuned"),
+    "a group of noise": ("cells, by labels", "group DRO, size-adjusted"),
 }
 IN_B = ("uniform", "inverse frequency", "group DRO, size-adjusted", "UNIC dropping", "cells", "views + cells")
 
@@ -198,10 +199,11 @@ def sure(m: Material, scored: dict[str, np.ndarray]) -> Tensor:
     """The probability (N, S) that a teacher's probe is right on a train image, as agglom finds it, out of fold; NaN
     elsewhere."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.model_selection import GroupKFold, cross_val_predict
 
-    fit, val, y_N = m.fit.numpy(), m.val.numpy(), m.label_NL.argmax(1).numpy()
-    told_N = m.seen_N.numpy()
+    fit, val, told_N = m.fit.numpy(), m.val.numpy(), m.seen_N.numpy()
+    y_N = (m.label_NL.argmax(1) if m.classes else m.label_NL[:, 0]).numpy()
+    folds = {} if m.classes else {"cv": GroupKFold(), "groups": m.patient_N.numpy()[fit]}
     found = torch.full((len(y_N), len(m.raw)), torch.nan)
     for column, (name, raw_ND) in enumerate(m.raw.items()):
         x_ND = raw_ND.double() - raw_ND[m.fit].double().mean(0)
@@ -211,10 +213,10 @@ def sure(m: Material, scored: dict[str, np.ndarray]) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in `probed`
             model = LogisticRegression(C=0.1, max_iter=100)
-            p_XL = cross_val_predict(model, x_XD, y_N[fit], cv=5, method="predict_proba")
+            p_XL = cross_val_predict(model, x_XD, y_N[fit], method="predict_proba", **folds)[:, 0 if m.classes else 1 :]
         of_labels = [
-            confidence.right(p_V, y_N[val] == label, told_N[val], p_X, told_N[fit], len(m.values))
-            for label, (p_V, p_X) in enumerate(zip(scored[name][val].T, p_XL.T, strict=True))
+            confidence.right(p_V, y_V, told_N[val], p_X, told_N[fit], len(m.values))
+            for p_V, y_V, p_X in zip(scored[name][val].T, m.label_NL[m.val].numpy().T, p_XL.T, strict=True)
         ]
         found[m.fit, column] = torch.as_tensor(np.mean(of_labels, 0)).float()
     return found
@@ -377,18 +379,21 @@ def run(due: list[Task], options: argparse.Namespace) -> None:
         base = fashion(seed, options.source, folder, HELD if due[0].case == TUNING else VAL)
     else:
         base = nih(seed, folder)
-    known: dict[tuple[str, bool], tuple[Material, Measured]] = {}
+    known: dict[str, tuple[Material, dict[str, np.ndarray], Measured]] = {}
     for task in due:
-        started, images = time.perf_counter(), "by images" in task.method
-        if (task.case, images) not in known:
+        started = time.perf_counter()
+        if task.case not in known:
             m = CASES[task.case](base, seed)
             scored = {name: probed(m, one_ND) for name, one_ND in m.raw.items()}
-            found = measured(m, scored)
-            known[task.case, images] = m, replace(found, sure_NS=sure(m, scored)) if images else found
+            known[task.case] = m, scored, measured(m, scored)
             teachers = {task._replace(method=f"teacher {name}", student=""): name for name in scored}
             for one in teachers.keys() - finished(options.runs):
                 keep(options.runs, one, [], rows_of(m, scored[teachers[one]]))
-        m, found = known[task.case, images]
+        m, scored, found = known[task.case]
+        by = signature(task.how.balancer).parameters.get("by")
+        if found.sure_NS is None and by is not None and by.default == "images":
+            found = replace(found, sure_NS=sure(m, scored))
+            known[task.case] = m, scored, found
         width, _ = STUDENTS[task.student]
         model, weights = train(m, found, task.how, width, seed, task.steps, BATCH[setting])
         rows = list(rows_of(m, probed(m, summaries(m, model))))

@@ -57,7 +57,7 @@ def cells(
     *,
     cells: Cells,
     measured: Measured,
-    by: Literal["labels", "images", "views"] = "labels",
+    by: Literal["images", "labels", "views"] = "images",
     temperature: float = 0.04,
     gamma: float = 1.0,
     tau: float = 0.8,
@@ -68,12 +68,12 @@ def cells(
 ) -> Balancer:
     """Teachers count by measured reliability, groups by what is left to learn.
 
-    A sample of group g weighs (q_g / p_g)·ρ_{s|g} / B for teacher s, from what is `measured` before a stage:
+    A sample i of group g weighs (q_g / p_g)·ρ_{s|i} / B for teacher s, from what is `measured` before a stage:
 
-    - ρ_{s|g} ∝ exp(R_{g,s} / `temperature`), R the AUROC of its probe (`core.cells.reliability`); `by` views ρ_{s|g} is
-      in proportion to what another view of an image leaves as it is (`core.cells.steadiness`); `by` images ρ_{s|i} is
-      of each image i, R how probable it is that the probe is right on it, and of a group their mean
-      (`core.cells.listening`);
+    - ρ_{s|i} ∝ exp(R_{i,s} / `temperature`), R how probable it is that its probe is right on the image, and of a group
+      their mean (`core.cells.listening`); `by` labels R is the AUROC of the probe in the group
+      (`core.cells.reliability`); `by` views ρ is in proportion to what another view of an image of the group leaves as
+      it is (`core.cells.steadiness`);
     - q_g ∝ p_g^`gamma` · exp((e_g + lag_g) / `tau`), e_g the excess loss (`core.cells.excess`) as a moving average in
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
       evaluation; a group whose best teacher is less than .2 above chance counts less, to a quarter, so that one that
