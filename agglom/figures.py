@@ -249,12 +249,14 @@ def reasons(drawn: Mapping[str, Any] | None, given: Mapping[str, Any] | None) ->
             f"{number(raw)} → {number(shrunk)}"
             for raw, shrunk in zip(given["auroc"][g], given["shrunk"][g], strict=True)
         ]
+        rights = [number(one) for one in given["right"][g]] if given["right"] else []
         student, noise = number(given["student"][g]), [number(one) for one in given["noise"][g]]
         few = given["n_patients"][g] < given["min_support"]
         n = f"{given['n_patients'][g]:,}" + (", with others" if few else "")
-        lines.append([short((drawn["attribute"], group)), n, *of_teachers, student, *noise])
+        lines.append([short((drawn["attribute"], group)), n, *of_teachers, *rights, student, *noise])
     names = given["teachers"]
-    head = ["group", "patients", *names, "student before", *(f"noise, {name}" for name in names)]
+    rights = [f"right, {name}" for name in names] if given["right"] else []
+    head = ["group", "patients", *names, *rights, "student before", *(f"noise, {name}" for name in names)]
     return {"stage": given["stage"], "head": head, "lines": lines}
 
 

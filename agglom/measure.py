@@ -72,6 +72,9 @@ def reasons(run: Run, stage: str) -> dict[str, Any] | None:
     if known is None:
         return None
     steady_GS, _ = cells.steadiness(known["noise_GT"], known["spread_GT"], losses.teacher_index(run.columns))
+    right_GS = torch.full_like(known["raw_GS"], torch.nan)
+    if by_images := "sure_NS" in known:
+        right_GS = cells.on_average(known["sure_NS"].double(), run.balance_space.index_N, right_GS)
     return {
         "stage": stage,
         "teachers": teachers(run),
@@ -79,6 +82,7 @@ def reasons(run: Run, stage: str) -> dict[str, Any] | None:
         "min_support": int(known["least"]),
         "auroc": known["raw_GS"].tolist(),
         "shrunk": known["right_GS"].tolist(),
+        "right": right_GS.tolist() if by_images else None,
         "student": known["student_G"].tolist(),
         "noise": torch.where(known["noise_GT"].any(1, keepdim=True), 1 - steady_GS, torch.nan).tolist(),
     }

@@ -77,7 +77,8 @@ class GroupReport:
       `path` (dict `step` [S], `weight` [S][G]); 1 is what all weigh without balancing, null who takes no part;
     - `reasons`: what set these weights in a `stage`: `teachers` (T), and of each of the groups of `weights` the
       validation patients `n_patients` [G] (below `min_support` they were looked at with related groups), the AUROC of
-      each teacher `auroc` [G][T] and after shrinking `shrunk` [G][T], that of the `student` [G], and the share of a
+      each teacher `auroc` [G][T] and after shrinking `shrunk` [G][T], how probable it is that it is `right` on a train
+      image [G][T] (null where images are not weighed by that), the AUROC of the `student` [G], and the share of a
       teacher's variance that is `noise` [G][T];
     - `proxies`: dict of the groups that stand in for what is not annotated: `teacher` whose summaries were clustered,
       `attribute` that annotated images keep (or null), `clusters` (K names), of train images `n_fitted`, `n_train` [K]

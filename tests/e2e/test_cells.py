@@ -1,6 +1,7 @@
 """The balancer `cells`: what the evaluation finds sets the weights of the next stage."""
 
 import csv
+import json
 
 import numpy as np
 import pyarrow.parquet
@@ -81,6 +82,10 @@ def test_images_of_a_group_hear_teachers_by_how_sure_these_are_of_them(lab, monk
     torch.testing.assert_close(share_BT, expected_BT)
     assert valid_BT.all()
     assert len(share_BT[:, 0].unique()) > 2, "more than one for each group"
+    found = json.loads((out / "reports" / "full.json").read_text())["context"]["reasons"]
+    group_N = np.array([row["device"] for row in rows])
+    for group, right_T in zip(("A", "B"), found["right"], strict=True):
+        assert right_T == pytest.approx(first[train_N & torch.tensor(group_N == group)].mean(0).tolist(), rel=1e-5)
 
 
 def test_without_labels_it_asks_for_views(lab, capsys):
