@@ -1,9 +1,10 @@
 """How probable it is that the linear probe of a teacher is right on a train image, by how confident it is there.
 
 Both classes of a label count alike, or all teachers would look alike on one that is rare: what a probe says is positive
-where it is above the prevalence, and confidence is how far it is from that, in logits, of a probe that has not seen the
-patient. How often such confidence is right, validation says, its two classes weighted to one half each. The label of
-the image itself plays no part, and its group a small one, so that wrong groups do little harm.
+where it is above the prevalence among those it was fitted on, and confidence is how far it is from that, in logits, of
+a probe that has not seen the patient. How often such confidence is right, validation says, its two classes weighted to
+one half each. The label of the image itself plays no part, and its group a small one, so that wrong groups do little
+harm.
 
 Shape suffixes: N surveyed rows, M of these that are scored, V validation rows, D width of the summary,
 S teachers, L labels, G groups.
@@ -65,8 +66,10 @@ def _of_label(run: Run, surveyed: Survey, label: str, name: str, served_N: np.nd
     patient_N, group_N = manifest.patient_N[rows_N], space.index_N.numpy()[rows_N]
     score_N = out_of_fold(summary_ND, label_N, patient_N, mine_N, full.strength, run.job.seed)
     seen_N = ~np.isnan(score_N)
-    on_validation = full.read(summary_ND[torch.as_tensor(val_N)]), label_N[val_N], group_N[val_N]
-    sure_N[seen_N] = right(*on_validation, score_N[seen_N], group_N[seen_N], len(space.values))
+    if seen_N.any():
+        on_validation = full.read(summary_ND[torch.as_tensor(val_N)]), label_N[val_N], group_N[val_N]
+        asked = score_N[seen_N], group_N[seen_N], len(space.values), float(label_N[known_N].mean())
+        sure_N[seen_N] = right(*on_validation, *asked)
     return sure_N
 
 
@@ -95,30 +98,40 @@ def out_of_fold(
 
 
 def right(
-    score_V: np.ndarray, label_V: np.ndarray, group_V: np.ndarray, score_N: np.ndarray, group_N: np.ndarray, groups: int
+    score_V: np.ndarray,
+    label_V: np.ndarray,
+    group_V: np.ndarray,
+    score_N: np.ndarray,
+    group_N: np.ndarray,
+    groups: int,
+    prevalence: float,
 ) -> np.ndarray:
-    """The probability that scores are on the right side of the prevalence in validation, were both classes as frequent,
-    from how far they are from it and group (−1: none). By a logistic regression on validation, where each class has
-    half of the weight; its L2 penalty holds a group of a few images to what all of them say.
+    """The probability that scores are on the right side of `prevalence`, were both classes as frequent, from how far
+    they are from it and group (−1: none). `prevalence` is that of the rows which the probe was fitted on.
 
-    Where validation is all right or all wrong: its share, by the rule of succession. Validation needs both classes.
+    By a logistic regression on validation, which needs both classes: each has half of the weight, and all together as
+    much as images of one weight that would tell as much (Kish 1965), so that its L2 penalty holds a group of a few
+    images to what all of them say. Where validation is all right or all wrong: its share, by the rule of succession.
     """
     from sklearn.linear_model import LogisticRegression
 
-    prevalence = (label_V == 1).mean()
-    told_V = (score_V >= prevalence) == (label_V == 1)
+    # Scores do not go beyond CLIP, and those at CLIP say no.
+    cut = np.clip(prevalence, 2 * probes.CLIP, 1 - 2 * probes.CLIP)
+    told_V = (score_V >= cut) == (label_V == 1)
     if told_V.all() or not told_V.any():
         return np.full(len(score_N), (told_V.sum() + 1) / (len(told_V) + 2))
-    weight_V = 0.5 / np.where(label_V == 1, prevalence, 1 - prevalence)
+    share = (label_V == 1).mean()
+    weight_V = 1 / np.where(label_V == 1, share, 1 - share)
+    weight_V *= weight_V.sum() / np.square(weight_V).sum()
     model = LogisticRegression(solver="newton-cholesky", tol=1e-8)
-    model.fit(_described(score_V, group_V, prevalence, groups), told_V, weight_V)
-    return model.predict_proba(_described(score_N, group_N, prevalence, groups))[:, 1]
+    model.fit(_described(score_V, group_V, cut, groups), told_V, weight_V)
+    return model.predict_proba(_described(score_N, group_N, cut, groups))[:, 1]
 
 
-def _described(score_N: np.ndarray, group_N: np.ndarray, prevalence: float, groups: int) -> np.ndarray:
+def _described(score_N: np.ndarray, group_N: np.ndarray, cut: float, groups: int) -> np.ndarray:
     """Confidence, the group, and the confidence in it: N × (1 + 2 G)."""
     from scipy.special import logit
 
-    sure_N = np.abs(logit(np.clip(score_N, probes.CLIP, 1 - probes.CLIP)) - logit(prevalence))
+    sure_N = np.abs(logit(np.clip(score_N, probes.CLIP, 1 - probes.CLIP)) - logit(cut))
     group_NG = (group_N[:, None] == np.arange(groups)).astype(np.float64)
     return np.concatenate([sure_N[:, None], group_NG, sure_N[:, None] * group_NG], 1)

@@ -195,28 +195,31 @@ def measured(m: Material, scored: dict[str, np.ndarray]) -> Measured:
     return Measured(found.shrunk_GP, found.raw_GP, found.pooled_P, unknown_G, noise_GT, spread_GT)
 
 
-def sure(m: Material, scored: dict[str, np.ndarray]) -> Tensor:
+def sure(m: Material) -> Tensor:
     """The probability (N, S) that a teacher's probe is right on a train image, as agglom finds it, out of fold; NaN
-    elsewhere."""
+    elsewhere. For speed a probe of one strength reads 128 principal components."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
 
     fit, val, told_N = m.fit.numpy(), m.val.numpy(), m.seen_N.numpy()
     y_N = (m.label_NL.argmax(1) if m.classes else m.label_NL[:, 0]).numpy()
     folds = {} if m.classes else {"cv": GroupKFold(), "groups": m.patient_N.numpy()[fit]}
+    first, strength = (0, 0.1) if m.classes else (1, 1e-3)
     found = torch.full((len(y_N), len(m.raw)), torch.nan)
-    for column, (name, raw_ND) in enumerate(m.raw.items()):
+    for column, raw_ND in enumerate(m.raw.values()):
         x_ND = raw_ND.double() - raw_ND[m.fit].double().mean(0)
-        if x_ND.shape[1] > 128:  # for speed
-            x_ND = x_ND @ torch.pca_lowrank(x_ND[m.fit], 128)[2]
-        x_XD = (x_ND / (x_ND[m.fit].std(0) + 1e-9)).numpy()[fit]
+        x_ND = x_ND @ torch.linalg.eigh(torch.cov(x_ND[m.fit].T))[1][:, -128:]
+        x_ND = (x_ND / (x_ND[m.fit].std(0) + 1e-9)).numpy()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in `probed`
-            model = LogisticRegression(C=0.1, max_iter=100)
-            p_XL = cross_val_predict(model, x_XD, y_N[fit], method="predict_proba", **folds)[:, 0 if m.classes else 1 :]
+            model = LogisticRegression(C=strength, max_iter=100)
+            p_XL = cross_val_predict(model, x_ND[fit], y_N[fit], method="predict_proba", **folds)[:, first:]
+            p_VL = model.fit(x_ND[fit], y_N[fit]).predict_proba(x_ND[val])[:, first:]
         of_labels = [
-            confidence.right(p_V, y_V, told_N[val], p_X, told_N[fit], len(m.values))
-            for p_V, y_V, p_X in zip(scored[name][val].T, m.label_NL[m.val].numpy().T, p_XL.T, strict=True)
+            confidence.right(p_V, y_V, told_N[val], p_X, told_N[fit], len(m.values), prevalence)
+            for p_V, y_V, p_X, prevalence in zip(
+                p_VL.T, m.label_NL[m.val].numpy().T, p_XL.T, m.label_NL[m.fit].mean(0).tolist(), strict=True
+            )
         ]
         found[m.fit, column] = torch.as_tensor(np.mean(of_labels, 0)).float()
     return found
@@ -379,21 +382,21 @@ def run(due: list[Task], options: argparse.Namespace) -> None:
         base = fashion(seed, options.source, folder, HELD if due[0].case == TUNING else VAL)
     else:
         base = nih(seed, folder)
-    known: dict[str, tuple[Material, dict[str, np.ndarray], Measured]] = {}
+    known: dict[str, tuple[Material, Measured]] = {}
     for task in due:
         started = time.perf_counter()
         if task.case not in known:
             m = CASES[task.case](base, seed)
             scored = {name: probed(m, one_ND) for name, one_ND in m.raw.items()}
-            known[task.case] = m, scored, measured(m, scored)
+            known[task.case] = m, measured(m, scored)
             teachers = {task._replace(method=f"teacher {name}", student=""): name for name in scored}
             for one in teachers.keys() - finished(options.runs):
                 keep(options.runs, one, [], rows_of(m, scored[teachers[one]]))
-        m, scored, found = known[task.case]
+        m, found = known[task.case]
         by = signature(task.how.balancer).parameters.get("by")
         if found.sure_NS is None and by is not None and by.default == "images":
-            found = replace(found, sure_NS=sure(m, scored))
-            known[task.case] = m, scored, found
+            found = replace(found, sure_NS=sure(m))
+            known[task.case] = m, found
         width, _ = STUDENTS[task.student]
         model, weights = train(m, found, task.how, width, seed, task.steps, BATCH[setting])
         rows = list(rows_of(m, probed(m, summaries(m, model))))
