@@ -68,8 +68,8 @@ def _of_label(run: Run, surveyed: Survey, label: str, name: str, served_N: np.nd
     seen_N = ~np.isnan(score_N)
     if seen_N.any():
         on_validation = full.read(summary_ND[torch.as_tensor(val_N)]), label_N[val_N], group_N[val_N]
-        asked = score_N[seen_N], group_N[seen_N], len(space.values), float(label_N[known_N].mean())
-        sure_N[seen_N] = right(*on_validation, *asked)
+        asked, prevalence = (score_N[seen_N], group_N[seen_N]), float(label_N[known_N].mean())
+        sure_N[seen_N] = right(*on_validation, *asked, len(space.values), prevalence)
     return sure_N
 
 

@@ -1,7 +1,8 @@
 """What the last evaluation found, as the weights of the next stage see it: `core.cells.Measured` of a run.
 
-Reliability comes from the scores of validation patients that are stored with the report before a stage, so the numbers
-that set a weight are those that the report shows. Noise and spread come from one pass over a few train images. Both are
+Reliability comes from the scores of validation patients that are stored with the report before a stage, image by image
+with probes of train images beside them (`agglom.confidence`); the report shows what sets a weight, of images the mean
+in each group. Noise and spread come from one pass over a few train images. Both are
 written down, so that a resumed run goes on with the same bits.
 
 Shape suffixes: G groups, S teachers, T columns of the loss table, N scored rows.

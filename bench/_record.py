@@ -2,7 +2,8 @@
 
 Everything is a statistic of what the seeds found together: of a group the mean of its values, weighted by what a value
 is of (images of an accuracy, pairs of an AUROC), `worst` the least of the groups and `gap` the most less the least.
-Errors are by the jackknife over the seeds (Efron 1982), which for a plain mean is s / √n.
+Errors are by the jackknife over the seeds (Efron 1982), which for a plain mean is s / √n. For `worst` and `gap` that
+takes one group to be clearly the worst; of many small groups the least is also lower than any of them is.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,13 +90,14 @@ def jackknife(statistic: Callable[[list[int]], float], seeds: list[int]) -> Esti
     return Estimate(value, error, value - half, value + half)
 
 
-def change(by: By, method: str, other: str, what: str) -> Estimate:
-    """Paired by seed."""
+def estimate(by: By, method: str, what: str, other: str | None = None) -> Estimate:
+    """A level, or what it is above that of another method on the same seeds, of those in which it is known."""
 
-    def difference(seeds: list[int]) -> float:
-        return level(by, method, what, seeds) - level(by, other, what, seeds)
+    def statistic(seeds: list[int]) -> float:
+        return level(by, method, what, seeds) - (level(by, other, what, seeds) if other else 0)
 
-    return jackknife(difference, seeds_of(by, method, other))
+    seeds = seeds_of(by, method, *([other] if other else []))
+    return jackknife(statistic, [seed for seed in seeds if not math.isnan(statistic([seed]))])
 
 
 def lines(by: By, methods: Iterable[str]) -> Iterator[list[str]]:
@@ -115,10 +116,9 @@ def lines(by: By, methods: Iterable[str]) -> Iterator[list[str]]:
     trained = [method for method in methods if (method, OF_ALL) in by]
     for method in (*trained, *teachers_of(by)):
         seeds = seeds_of(by, method)
-        levels = [jackknife(partial(level, by, method, one), seeds) for one in (*shown, OF_GAP)]
-        told = [f"{one.value:.1f} ± {one.error:.1f}" for one in levels]
+        told = [f"{one.value:.1f} ± {one.error:.1f}" for one in (estimate(by, method, one) for one in (*shown, OF_GAP))]
         if method in trained:
-            changes = [change(by, method, "uniform", one) for one in shown] if method != "uniform" else []
+            changes = [estimate(by, method, one, "uniform") for one in shown] if method != "uniform" else []
             told += [f"{one.value:+.1f} [{one.lo:+.1f}, {one.hi:+.1f}]" for one in changes] or [""] * len(shown)
             told += [f"{level(by, method, one, seeds) - best(by, one, seeds):+.1f}" for one in shown]
         else:
@@ -130,19 +130,21 @@ def below(by: By, methods: Iterable[str]) -> Iterator[str]:
     """Groups in which a method is worse than uniform at 95 %."""
     for method in methods:
         for group in (OF_ALL, *groups_of(by)):
-            if (method, group) in by and (found := change(by, method, "uniform", group)).hi < 0:
+            if (method, group) in by and (found := estimate(by, method, group, "uniform")).hi < 0:
                 yield f"{method}: {group} [{found.lo:+.1f}, {found.hi:+.1f}]"
 
 
 def tuned(by: By, methods: Iterable[str], majority: str) -> list[str]:
     """Of methods that differ in a number alone, that which lifts the worst group most and costs the majority no more
-    than AT_MOST."""
+    than AT_MOST, or none."""
     found: dict[str, tuple[float, str]] = {}
     for method in methods:
-        if (method, OF_ALL) in by and change(by, method, "uniform", majority).value >= -AT_MOST:
-            kind, lift = re.sub(r"[\d.]+", "", method), change(by, method, "uniform", OF_WORST).value
-            found[kind] = max(found.get(kind, (-math.inf, "")), (lift, method))
-    return [method for _, method in found.values() if method != "uniform"]
+        if method != "uniform" and (method, OF_ALL) in by:
+            kind = re.sub(r"[\d.]+", "…", method)
+            best = found.setdefault(kind, (-math.inf, f"{kind}: none"))
+            if estimate(by, method, majority, "uniform").value >= -AT_MOST:
+                found[kind] = max(best, (estimate(by, method, OF_WORST, "uniform").value, method))
+    return [method for _, method in found.values()]
 
 
 def plot(by: By, methods: Iterable[str], path: Path) -> None:
@@ -157,7 +159,7 @@ def plot(by: By, methods: Iterable[str], path: Path) -> None:
     for method in methods:
         if (method, "B") not in by:
             continue
-        x, y = (jackknife(partial(level, by, method, group), seeds_of(by, method)) for group in "AB")
+        x, y = (estimate(by, method, group) for group in "AB")
         ours = "cells" in method
         errors = {"xerr": np.nan_to_num(x.error), "yerr": np.nan_to_num(y.error)}
         axes.errorbar(x.value, y.value, fmt="o" if ours else "s", color="C0" if ours else "0.5", **errors)

@@ -70,9 +70,9 @@ def cells(
 
     A sample i of group g weighs (q_g / p_g)·ρ_{s|i} / B for teacher s, from what is `measured` before a stage:
 
-    - ρ_{s|i} ∝ exp(R_{i,s} / `temperature`), R how probable it is that its probe is right on the image, and of a group
-      their mean (`core.cells.listening`); `by` labels R is the AUROC of the probe in the group
-      (`core.cells.reliability`); `by` views ρ is in proportion to what another view of an image of the group leaves as
+    - ρ_{s|i} ∝ exp(R_{i,s} / `temperature`), R how probable it is that its probe is right on the image
+      (`core.cells.listening`), and where that is not known the mean ρ of the group; `by` labels R is the AUROC of the
+      probe in the group (`core.cells.reliability`); `by` views ρ is in proportion to what another view of an image of the group leaves as
       it is (`core.cells.steadiness`);
     - q_g ∝ p_g^`gamma` · exp((e_g + lag_g) / `tau`), e_g the excess loss (`core.cells.excess`) as a moving average in
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
@@ -80,8 +80,8 @@ def cells(
       is only noise takes nothing from the others. `floor`·p_g ≤ q_g ≤ `cap`·p_g.
 
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
-    a step keeps its weight, and the others share theirs. A sample without annotation has q = p and the ρ of everybody.
-    Of the teachers of an image ρ is 1 on average. An image of which no R is known has what its group has.
+    a step keeps its weight, and the others share theirs. A sample without annotation has q = p and, where it has none
+    of its own, the ρ of everybody, which is by labels. Of the teachers of an image ρ is 1 on average.
     State: as that of `group_dro`.
     Raises ValueError unless temperature > 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap and support ≥ 0.
     """
