@@ -141,9 +141,9 @@ def tuned(by: By, methods: Iterable[str], majority: str) -> list[str]:
     for method in methods:
         if method != "uniform" and (method, OF_ALL) in by:
             kind = re.sub(r"[\d.]+", "…", method)
-            best = found.setdefault(kind, (-math.inf, f"{kind}: none"))
+            known = found.setdefault(kind, (-math.inf, f"{kind}: none"))
             if estimate(by, method, majority, "uniform").value >= -AT_MOST:
-                found[kind] = max(best, (estimate(by, method, OF_WORST, "uniform").value, method))
+                found[kind] = max(known, (estimate(by, method, OF_WORST, "uniform").value, method))
     return [method for _, method in found.values()]
 
 

@@ -72,8 +72,8 @@ def cells(
 
     - ρ_{s|i} ∝ exp(R_{i,s} / `temperature`), R how probable it is that its probe is right on the image
       (`core.cells.listening`), and where that is not known the mean ρ of the group; `by` labels R is the AUROC of the
-      probe in the group (`core.cells.reliability`); `by` views ρ is in proportion to what another view of an image of the group leaves as
-      it is (`core.cells.steadiness`);
+      probe in the group (`core.cells.reliability`); `by` views ρ is in proportion to what another view of an image of
+      the group leaves as it is (`core.cells.steadiness`);
     - q_g ∝ p_g^`gamma` · exp((e_g + lag_g) / `tau`), e_g the excess loss (`core.cells.excess`) as a moving average in
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
       evaluation; a group whose best teacher is less than .2 above chance counts less, to a quarter, so that one that
