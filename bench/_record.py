@@ -155,15 +155,19 @@ def plot(by: By, methods: Iterable[str], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "agglom"  # the same file from the same rows
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 6))
-    for method in methods:
-        if (method, "B") not in by:
-            continue
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    shown = [method for method in methods if (method, "B") in by]
+    for number, method in enumerate(shown, 1):
         x, y = (estimate(by, method, group) for group in "AB")
         ours = "cells" in method
         errors = {"xerr": np.nan_to_num(x.error), "yerr": np.nan_to_num(y.error)}
-        axes.errorbar(x.value, y.value, fmt="o" if ours else "s", color="C0" if ours else "0.5", **errors)
-        axes.annotate(method, (x.value, y.value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        style = {"fmt": "o" if ours else "s", "color": "C0" if ours else "0.5", "alpha": 0.8}
+        axes.errorbar(x.value, y.value, label=f"{number}  {method}", **style, **errors)
+        # Neighbours in the list are often neighbours in the plane.
+        place = (4, 3) if number % 2 else (-4, -3)
+        sides = {"ha": "left", "va": "bottom"} if number % 2 else {"ha": "right", "va": "top"}
+        axes.annotate(str(number), (x.value, y.value), xytext=place, textcoords="offset points", fontsize=8, **sides)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     axes.set(xlabel="device A (majority), accuracy in %", ylabel="device B (minority), accuracy in %")
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
