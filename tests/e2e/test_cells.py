@@ -22,9 +22,11 @@ CELLS = {
 }
 
 
-def test_what_a_report_says_sets_the_weights_of_the_next_stage(lab, stop_at, capsys):
+@pytest.mark.parametrize("by", ["labels", "images"])
+def test_what_a_report_says_sets_the_weights_of_the_next_stage(lab, stop_at, capsys, by):
     """And a run that was interrupted in between is one that was not."""
-    out = lab.run("out", CELLS)
+    changes = CELLS | {"balance": CELLS["balance"] | {"options": {"support": 2, "by": by}}}
+    out = lab.run("out", changes)
     first, second = (load_file(out / "measured" / f"{stage}.safetensors") for stage in ("warm", "full"))
     names = ["fair", "one", "two"]
     with (lab.images / "manifest.csv").open() as file:
@@ -48,12 +50,12 @@ def test_what_a_report_says_sets_the_weights_of_the_next_stage(lab, stop_at, cap
     assert len({line["weight/one/B"] for line in lines}) > 2
 
     stop_at(9)  # after four micro-batches of the second stage
-    assert lab.distill("again", CELLS) == 130
-    lab.run("again", CELLS)
+    assert lab.distill("again", changes) == 130
+    lab.run("again", changes)
     again = lab.folder / "again"
     assert lab.same(lab.metrics(again), lines)
     assert lab.same(lab.weights(again), lab.weights(out))
-    assert lab.distill("again", CELLS | {"data.min_support": 3}) != 0
+    assert lab.distill("again", changes | {"data.min_support": 3}) != 0
     assert "data.min_support, by which teachers are measured, was 2 and is 3" in capsys.readouterr().err
 
 
