@@ -2,7 +2,8 @@
 
 Everything is a statistic of what the seeds found together: of a group the mean of its values, weighted by what a value
 is of (images of an accuracy, pairs of an AUROC), `worst` the least of the groups and `gap` the most less the least.
-Errors are by the jackknife over the seeds (Efron 1982), which for a plain mean is s / √n. For `worst` and `gap` that
+Errors are by the jackknife over the seeds (Efron 1982), which for a plain mean is s / √n; students of the same images
+and teachers are left out together. For `worst` and `gap` that
 takes one group to be clearly the worst; of many small groups the least is also lower than any of them is.
 """
 
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+AGAIN = 1000  # added to a seed: the same images and teachers, another student
 MOST = 4  # groups that have columns of their own
 AT_MOST = 0.5  # points of the majority
 OF_ALL, OF_WORST, OF_GAP = "all", "worst", "gap"
@@ -81,10 +83,11 @@ class Estimate(NamedTuple):
 
 
 def jackknife(statistic: Callable[[list[int]], float], seeds: list[int]) -> Estimate:
-    value, count = statistic(seeds), len(seeds)
+    blocks = {seed % AGAIN for seed in seeds}
+    value, count = statistic(seeds), len(blocks)
     if count < 2:
         return Estimate(value, *[math.nan] * 3)
-    without = np.array([statistic([seed for seed in seeds if seed != one]) for one in seeds])
+    without = np.array([statistic([seed for seed in seeds if seed % AGAIN != one]) for one in blocks])
     error = float(np.sqrt((count - 1) / count * np.square(without - without.mean()).sum()))
     half = float(stats.t.ppf(0.975, count - 1)) * error
     return Estimate(value, error, value - half, value + half)
@@ -111,19 +114,32 @@ def lines(by: By, methods: Iterable[str]) -> Iterator[list[str]]:
         OF_GAP,
         *(f"{one} − uniform" for one in shown),
         *(f"{one} − best" for one in shown),
-        "seeds",
+        "students",
     ]
     trained = [method for method in methods if (method, OF_ALL) in by]
     for method in (*trained, *teachers_of(by)):
         seeds = seeds_of(by, method)
         told = [f"{one.value:.1f} ± {one.error:.1f}" for one in (estimate(by, method, one) for one in (*shown, OF_GAP))]
         if method in trained:
-            changes = [estimate(by, method, one, "uniform") for one in shown] if method != "uniform" else []
-            told += [f"{one.value:+.1f} [{one.lo:+.1f}, {one.hi:+.1f}]" for one in changes] or [""] * len(shown)
+            told += [change(by, method, one, "uniform") if method != "uniform" else "" for one in shown]
             told += [f"{level(by, method, one, seeds) - best(by, one, seeds):+.1f}" for one in shown]
         else:
             told += [""] * 2 * len(shown)
         yield [method, *told, str(len(seeds))]
+
+
+def change(by: By, method: str, what: str, other: str) -> str:
+    found = estimate(by, method, what, other)
+    return f"{found.value:+.1f} [{found.lo:+.1f}, {found.hi:+.1f}]"
+
+
+def duels(by: By, ours: Iterable[str], others: Iterable[str]) -> Iterator[list[str]]:
+    """A head, then a line for each of the others: by how much ours are better, in each group."""
+    pairs = [(one, group) for one in ours for group in groups_of(by) if (one, group) in by]
+    yield ["against", *(f"{one}: {group}" for one, group in pairs)]
+    for other in others:
+        if (other, OF_ALL) in by:
+            yield [other, *(change(by, one, group, other) for one, group in pairs)]
 
 
 def below(by: By, methods: Iterable[str]) -> Iterator[str]:

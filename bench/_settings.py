@@ -9,7 +9,7 @@ import csv
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ TUNING, HELD = "tuning, on validation", 10_000  # a case, and its validation ima
 MAJORITY, BALANCED, NOISE = 20_000, 1_500, (1_000, 200)
 TWINS = 128  # images of each group of which there is a simulated acquisition
 WIDTH, PIXELS = 32, 64
+TRUNK = 32, WIDTH  # of the teacher `majority`: channels of the first layer, features
 NIH = ROOT.parent / "shared" / "data" / "nih1000"
 NIH_PIXELS = 112
 FOLDS = 5
@@ -42,7 +43,8 @@ FOLDS = 5
 class Material:
     """Images (N, 1, H, W), labels (N, L) of 0 and 1, and the groups they are of, by which methods are judged; `seen_N`
     are those that methods are told, −1 where they are not. `raw` are the features of each teacher, `twin_raw` those of
-    other acquisitions of the images `twin_M`. `fit`, `val` and `test` are rows."""
+    other acquisitions of the images `twin_M`. `fit`, `val` and `test` are rows. `start`: the weights of the trunk of
+    the teacher `majority`, from which a student may start."""
 
     pixels_NCHW: Tensor
     label_NL: Tensor
@@ -58,6 +60,7 @@ class Material:
     twin_M: Tensor
     twin_raw: dict[str, Tensor]
     classes: bool = True
+    start: dict[str, Tensor] = field(default_factory=dict)
 
 
 def kept(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -96,13 +99,14 @@ class Trunk(nn.Sequential):
 def fashion(seed: int, source: Path, folder: Path, val_images: int = VAL) -> Material:
     """Device B takes 12 % of the training images and half of the others. Images of pure noise are there for a hard
     case and are of no part."""
-    found = kept(folder / f"fashion-{seed}.safetensors", lambda: _fashion(seed, source, val_images))
+    found = kept(folder / f"fashion-{seed}-{val_images}.safetensors", lambda: _fashion(seed, source, val_images))
     one_hot_NL = F.one_hot(found["class"], 10).double()
     rows = torch.arange(len(one_hot_NL))
     fit, val, test, _ = rows.split([TRAIN, val_images, TEST, sum(NOISE)])
     groups, group_N = ("A", "B"), found["device"]
     told = found["pixels"], one_hot_NL, group_N, groups, group_N, groups, rows, fit, val, test
-    return Material(*told, _part(found, "raw/"), found["twins"], _part(found, "twin/"))
+    taught = _part(found, "raw/"), found["twins"], _part(found, "twin/")
+    return Material(*told, *taught, start=_part(found, "start/"))
 
 
 def _fashion(seed: int, source: Path, val_images: int) -> dict[str, Tensor]:
@@ -126,21 +130,25 @@ def _fashion(seed: int, source: Path, val_images: int) -> dict[str, Tensor]:
     in_train[TRAIN + val_images + TEST : TRAIN + val_images + TEST + NOISE[0]] = True
     rows_M = torch.cat([torch.nonzero(in_train & (group_N == group))[:TWINS, 0] for group in range(3)])
     both_NCHW = torch.cat([pixels_NCHW, twins(pixels_NCHW, rows_M, seed)])
+    found = {"pixels": pixels_NCHW, "class": class_N, "device": group_N, "twins": rows_M}
     raw = {}
-    for name, width, first, last in (("majority", 32, 0, MAJORITY), ("balanced", 16, MAJORITY, MAJORITY + BALANCED)):
-        rows = theirs[first:last]
+    for name, width, part in (("majority", TRUNK[0], (0, MAJORITY)), ("balanced", 16, (MAJORITY, MAJORITY + BALANCED))):
+        rows = theirs[slice(*part)]
         device_B = rng.random(len(rows)) < 0.5 if name == "balanced" else np.zeros(len(rows), bool)
         seen = torch.as_tensor(simulate.simulate(images[rows], device_B, seed + 1))[:, None]
-        raw[name] = _taught(both_NCHW, seen, torch.as_tensor(classes[rows]), width, seed)
+        net = _taught(seen, torch.as_tensor(classes[rows]), width, seed)
+        with torch.no_grad():
+            raw[name] = torch.cat([net(chunk) for chunk in both_NCHW.split(500)])
+        if name == "majority":
+            found |= {f"start/{key}": one for key, one in net[0].state_dict().items()}
     lite0 = plugins.build("packaged", "teachers", {"model": "efficientnet_lite0"})
     raw["lite0"] = encoded(lite0, (chunk.expand(-1, 3, -1, -1) for chunk in both_NCHW.split(250)), PIXELS)
-    found = {"pixels": pixels_NCHW, "class": class_N, "device": group_N, "twins": rows_M}
     found |= {f"raw/{name}": one_ND[: len(class_N)] for name, one_ND in raw.items()}
     return found | {f"twin/{name}": one_ND[len(class_N) :] for name, one_ND in raw.items()}
 
 
-def _taught(pixels_NCHW: Tensor, seen_BCHW: Tensor, class_B: Tensor, width: int, seed: int) -> Tensor:
-    """Features of all images by a network that has learnt the classes of some; it ends in a norm, as ViTs do."""
+def _taught(seen_BCHW: Tensor, class_B: Tensor, width: int, seed: int) -> nn.Sequential:
+    """A trunk that has learnt the classes of some images, and a norm, in which ViTs end, too."""
     torch.manual_seed(seed)
     net = nn.Sequential(Trunk(width, WIDTH), nn.LayerNorm(WIDTH, elementwise_affine=False))
     head, steps = nn.Linear(WIDTH, 10), 1200
@@ -151,9 +159,7 @@ def _taught(pixels_NCHW: Tensor, seen_BCHW: Tensor, class_B: Tensor, width: int,
         optimizer.zero_grad()
         F.cross_entropy(head(net(seen_BCHW[rows_B])), class_B[rows_B]).backward()
         optimizer.step()
-    net.eval()
-    with torch.no_grad():
-        return torch.cat([net(chunk) for chunk in pixels_NCHW.split(500)])
+    return net.eval()
 
 
 # ── Hard cases of (A) ──

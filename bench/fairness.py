@@ -34,7 +34,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,8 +43,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _common import ROOT, parser, table, versions, write_json
-from _record import below, chosen, lines, plot, tuned
-from _settings import CASES, FOLDS, HELD, TUNING, VAL, Material, Trunk, fashion, nih
+from _record import AGAIN, below, chosen, duels, lines, plot, tuned
+from _settings import CASES, FOLDS, HELD, TRUNK, TUNING, VAL, Material, Trunk, fashion, nih
 from torch import Tensor, nn
 
 from agglom import confidence
@@ -62,16 +62,33 @@ from agglom.job import Acquisition
 from agglom.measure import ENOUGH, Found, judged
 
 SETTINGS = {"A": "Fashion-MNIST, simulated device", "B": "chest X-rays, sex × view"}
-# Channels of the first layer, a fourth of the features, and how many times as long it learns.
-STUDENTS = {"small": (4, 1), "large": (16, 1), "large, four times as long": (16, 4)}
 STEPS, BATCH = {"A": 1500, "B": 600}, {"A": 128, "B": 64}
 PEAK, END = 2e-3, 1e-5
 LEAST = 30  # validation patients of a group that is looked at alone
-FIRST, TUNED_ON = 10, (100, 101, 102, 103)  # seeds
+FIRST, TUNED_ON = 20, (100, 101, 102, 103)  # seeds
 VIEWS = 4  # of each image, made in advance
 ANY = Acquisition(blur=1.0, resolution=1.0, contrast=1.0, inversion=1.0, noise=1.0)
 UNLIKE = Acquisition(blur=1.0, resolution=1.0, noise=1.0)
 RESULTS = ROOT / "bench" / "results"
+
+
+class Size(NamedTuple):
+    """Channels of the first layer, features, how many times as long it learns, and whether it starts from the weights
+    of the teacher `majority`."""
+
+    width: int
+    features: int
+    times: int = 1
+    started: bool = False
+
+
+STUDENTS = {
+    "small": Size(4, 16),
+    "large": Size(16, 64),
+    "large, four times as long": Size(16, 64, times=4),
+    "from a teacher": Size(*TRUNK, started=True),
+    "like that, from scratch": Size(*TRUNK),
+}
 
 
 class Method(NamedTuple):
@@ -102,19 +119,19 @@ METHODS = {
     "MFD, tuned": Method(balance.uniform, mfd=0.1),
     "cells": Method(CELLS),
     "cells, by labels": Method(LABELS),
-    "cells, by labels, τ = .3": Method(partial(LABELS, tau=0.3)),
-    "cells, by labels, τ = .1": Method(partial(LABELS, tau=0.1)),
-    "cells, by labels, fed back twice": Method(LABELS, stages=3),
-    "cells, by labels, reliability alone": Method(partial(LABELS, tau=1e6)),
     "cells, by views": Method(partial(CELLS, by="views")),
+    "cells, fed back twice": Method(CELLS, stages=3),
+    "cells, reliability alone": Method(partial(CELLS, tau=1e6)),
     "cells, tilt alone": Method(partial(LABELS, temperature=1e6)),
     "cells + MFD, tuned": Method(CELLS, mfd=0.1),
-    "cells, by labels, + MFD": Method(LABELS, mfd=0.1),
     "views": Method(balance.uniform, seen=ANY),
     "views + cells": Method(CELLS, seen=ANY),
     "views-unlike": Method(balance.uniform, seen=UNLIKE),
-    "views-unlike + cells, by labels": Method(LABELS, seen=UNLIKE),
+    "views-unlike + cells": Method(CELLS, seen=UNLIKE),
 }
+# A single run of a small student is moved by many points by its initial weights.
+TWICE = ("uniform", "inverse frequency, tuned", "MFD, tuned", "cells", "cells + MFD, tuned", "views + cells")
+OURS = ("cells", "cells + MFD, tuned")
 # What is chosen from, on validation.
 GRID = {
     "uniform": Method(balance.uniform),
@@ -122,15 +139,16 @@ GRID = {
     **{f"resampling by group, power {power}": Method(balance.uniform, resample=power) for power in (0.25, 0.5)},
     **{f"UNIC dropping, p = {p}": Method(partial(balance.teacher_dropping, p=p)) for p in (0.25, 0.5)},
     **{f"MFD, weight {weight}": Method(balance.uniform, mfd=weight) for weight in (0.03, 0.1, 0.3)},
-    **{f"cells, by labels, τ = {tau}": Method(partial(LABELS, tau=tau)) for tau in (0.1, 0.3, 0.5, 0.8)},
-    "cells, τ = 0.8": Method(partial(CELLS, tau=0.8)),
-    **{f"cells, by labels, τ = {tau}, + MFD": Method(partial(LABELS, tau=tau), mfd=0.1) for tau in (0.3, 0.5, 0.8)},
-    "cells, τ = 0.8, + MFD": Method(partial(CELLS, tau=0.8), mfd=0.1),
+    **{f"cells, by labels, τ = {tau}": Method(partial(LABELS, tau=tau)) for tau in (0.3, 0.5, 0.8)},
+    **{f"cells, τ = {tau}": Method(partial(CELLS, tau=tau)) for tau in (0.3, 0.5, 0.8)},
+    **{f"cells, τ = {tau}, + MFD": Method(partial(CELLS, tau=tau), mfd=0.1) for tau in (0.5, 0.8)},
 }
 OF_STUDENTS = {
     "small": tuple(METHODS),
     "large": ("uniform", "MFD, tuned", "cells", "cells + MFD, tuned", "views + cells"),
     "large, four times as long": ("uniform", "views + cells"),
+    "from a teacher": ("uniform", "cells", "views + cells"),
+    "like that, from scratch": ("uniform", "views + cells"),
 }
 IN_ALL = ("uniform", "cells")
 IN_CASES = {
@@ -143,10 +161,10 @@ IN_B = ("uniform", "inverse frequency", "group DRO, size-adjusted", "UNIC droppi
 class Student(nn.Module):
     """The trunk, and one head for each teacher."""
 
-    def __init__(self, width: int, dims: dict[str, int]) -> None:
+    def __init__(self, size: Size, dims: dict[str, int]) -> None:
         super().__init__()
-        self.trunk = Trunk(width, 4 * width)
-        self.heads = nn.ModuleDict({name: Head(4 * width, dim, 64, 0) for name, dim in dims.items()})
+        self.trunk = Trunk(size.width, size.features)
+        self.heads = nn.ModuleDict({name: Head(size.features, dim, 64, 0) for name, dim in dims.items()})
 
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         summary_BD = self.trunk(pixels_BCHW)
@@ -176,7 +194,13 @@ def on_validation(m: Material, of_predictors: list[np.ndarray]) -> Found:
     return judged(m.label_NL[m.val].T, score_LPN, m.patient_N[m.val], m.seen_N[m.val], m.values, LEAST)
 
 
-def measured(m: Material, scored: dict[str, np.ndarray]) -> Measured:
+def fitted(m: Material) -> dict[str, Affine]:
+    """The normaliser of each teacher, of the train images."""
+    moments = {name: Moments.empty(one.shape[1]).update(one[m.fit]) for name, one in m.raw.items()}
+    return {name: normalise.fit("phi_s", one) for name, one in moments.items()}
+
+
+def measured(m: Material, affines: dict[str, Affine], scored: dict[str, np.ndarray]) -> Measured:
     """What agglom measures of the cells before a stage, from the teachers' probes on validation and their twins."""
     known_M = (m.seen_N[m.twin_M] >= 0) & (m.seen_N[m.twin_M] < len(m.values))
     twin_M = m.twin_M[known_M]
@@ -185,7 +209,7 @@ def measured(m: Material, scored: dict[str, np.ndarray]) -> Measured:
     count_G = torch.bincount(group_M, minlength=len(m.values))
     speaks_GG = cells.speakers(m.values, count_G, ENOUGH)
     noise_GT, spread_GT = (torch.zeros(len(m.values), len(m.raw), dtype=torch.float64) for _ in range(2))
-    for column, (name, affine) in enumerate(fitted(m).items()):
+    for column, (name, affine) in enumerate(affines.items()):
         twin_MD = normalise.apply(affine, m.twin_raw[name][known_M])
         clean_MD = normalise.apply(affine, m.raw[name][twin_M])
         for group, speaks_G in enumerate(speaks_GG > 0):
@@ -196,45 +220,56 @@ def measured(m: Material, scored: dict[str, np.ndarray]) -> Measured:
     return Measured(found.shrunk_GP, found.raw_GP, found.pooled_P, unknown_G, noise_GT, spread_GT)
 
 
-def sure(m: Material) -> Tensor:
-    """The probability (N, S) that a teacher's probe is right on a train image, as agglom finds it, out of fold; NaN
-    elsewhere. For speed a probe of one strength reads 128 principal components."""
+def unseen(m: Material, raw_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """What a teacher's probe says (V, L) of validation images, and (X, L) of train images, out of fold. For speed it
+    has one strength and reads 128 principal components."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
 
-    fit, val, told_N = m.fit.numpy(), m.val.numpy(), m.seen_N.numpy()
+    fit, val = m.fit.numpy(), m.val.numpy()
     y_N = (m.label_NL.argmax(1) if m.classes else m.label_NL[:, 0]).numpy()
     folds = {} if m.classes else {"cv": GroupKFold(), "groups": m.patient_N.numpy()[fit]}
     first, strength = (0, 0.1) if m.classes else (1, 1e-3)
-    found = torch.full((len(y_N), len(m.raw)), torch.nan)
-    for column, raw_ND in enumerate(m.raw.values()):
-        x_ND = raw_ND.double() - raw_ND[m.fit].double().mean(0)
-        x_ND = x_ND @ torch.linalg.eigh(torch.cov(x_ND[m.fit].T))[1][:, -128:]
-        x_ND = (x_ND / (x_ND[m.fit].std(0) + 1e-9)).numpy()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as in `probed`
-            model = LogisticRegression(C=strength, max_iter=100)
-            p_XL = cross_val_predict(model, x_ND[fit], y_N[fit], method="predict_proba", **folds)[:, first:]
-            p_VL = model.fit(x_ND[fit], y_N[fit]).predict_proba(x_ND[val])[:, first:]
+    x_ND = raw_ND.double() - raw_ND[m.fit].double().mean(0)
+    x_ND = x_ND @ torch.linalg.eigh(torch.cov(x_ND[m.fit].T))[1][:, -128:]
+    x_ND = (x_ND / (x_ND[m.fit].std(0) + 1e-9)).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in `probed`
+        model = LogisticRegression(C=strength, max_iter=100)
+        p_XL = cross_val_predict(model, x_ND[fit], y_N[fit], method="predict_proba", **folds)[:, first:]
+        return model.fit(x_ND[fit], y_N[fit]).predict_proba(x_ND[val])[:, first:], p_XL
+
+
+class Probes:
+    """Of the teachers; cases with the same features and parts share them."""
+
+    def __init__(self, m: Material) -> None:
+        self.m = m
+
+    def serve(self, m: Material) -> bool:
+        return self.m.raw is m.raw and self.m.fit is m.fit and self.m.val is m.val
+
+    @cached_property
+    def scored(self) -> dict[str, np.ndarray]:
+        return {name: probed(self.m, one_ND) for name, one_ND in self.m.raw.items()}
+
+    @cached_property
+    def unseen(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [unseen(self.m, one_ND) for one_ND in self.m.raw.values()]
+
+
+def sure(m: Material, probes: Probes) -> Tensor:
+    """The probability (N, S) that a teacher's probe is right on a train image, as agglom finds it; NaN elsewhere."""
+    told_V, told_X = m.seen_N[m.val].numpy(), m.seen_N[m.fit].numpy()
+    y_VL, prevalence_L = m.label_NL[m.val].numpy(), m.label_NL[m.fit].mean(0).tolist()
+    found = torch.full((len(m.seen_N), len(m.raw)), torch.nan)
+    for column, (p_VL, p_XL) in enumerate(probes.unseen):
         of_labels = [
-            confidence.right(p_V, y_V, told_N[val], p_X, told_N[fit], len(m.values), prevalence)
-            for p_V, y_V, p_X, prevalence in zip(
-                p_VL.T, m.label_NL[m.val].numpy().T, p_XL.T, m.label_NL[m.fit].mean(0).tolist(), strict=True
-            )
+            confidence.right(p_V, y_V, told_V, p_X, told_X, len(m.values), prevalence)
+            for p_V, y_V, p_X, prevalence in zip(p_VL.T, y_VL.T, p_XL.T, prevalence_L, strict=True)
         ]
         found[m.fit, column] = torch.as_tensor(np.mean(of_labels, 0)).float()
     return found
-
-
-def fitted(m: Material) -> dict[str, Affine]:
-    """The normaliser of each teacher, of the train images."""
-    moments = {name: Moments.empty(one.shape[1]).update(one[m.fit]) for name, one in m.raw.items()}
-    return {name: normalise.fit("phi_s", one) for name, one in moments.items()}
-
-
-def goals(m: Material) -> dict[str, Tensor]:
-    """Targets of all images."""
-    return {name: normalise.apply(affine, m.raw[name]) for name, affine in fitted(m).items()}
 
 
 def views(m: Material, acquisition: Acquisition, seed: int) -> Tensor:
@@ -256,14 +291,31 @@ def drawn(m: Material, method: Method, batch: int, draw: torch.Generator) -> Ite
         yield from (rows_B for rows_B in order.split(batch) if len(rows_B) == batch)
 
 
-def train(
-    m: Material, known: Measured, method: Method, width: int, seed: int, steps: int, batch: int
-) -> tuple[Student, list[float]]:
+class Lesson(NamedTuple):
+    """A setting or a case of it, the targets (N, D) of each teacher, what is measured of them, and `views`."""
+
+    m: Material
+    probes: Probes
+    goal: dict[str, Tensor]
+    known: Measured
+    taken: dict[Acquisition, Tensor]
+
+
+def prepared(m: Material, probes: Probes) -> Lesson:
+    affines = fitted(m)
+    goal = {name: normalise.apply(affine, m.raw[name]) for name, affine in affines.items()}
+    return Lesson(m, probes, goal, measured(m, affines, probes.scored), {})
+
+
+def train(lesson: Lesson, method: Method, size: Size, seed: int, steps: int, batch: int) -> tuple[Student, list[float]]:
     """One student, by the table of losses and the method's weights on one process; and the last weights of groups."""
     torch.manual_seed(seed)
-    goal, names = goals(m), tuple(m.raw)
-    model = Student(width, {name: one.shape[1] for name, one in goal.items()}).train()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+    m, _, goal, known, taken = lesson
+    names = tuple(m.raw)
+    model = Student(size, {name: one.shape[1] for name, one in goal.items()}).train()
+    if size.started:
+        model.trunk.load_state_dict(m.start)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     told_N = m.seen_N[m.fit]
     count_G = torch.bincount(told_N[told_N >= 0], minlength=len(m.values)).double()
     share_G = count_G / len(m.fit)
@@ -279,7 +331,9 @@ def train(
 
     balancer = informed(known)
     state, draw = balancer.init(), torch.Generator().manual_seed(seed)
-    taken_VNCHW = None if method.seen is None else views(m, method.seen, seed)
+    if method.seen is not None and method.seen not in taken:
+        taken[method.seen] = views(m, method.seen, seed % AGAIN)
+    taken_VNCHW = taken.get(method.seen) if method.seen else None
     for step, row_B in enumerate(itertools.islice(drawn(m, method, batch, draw), steps)):
         if step and step % -(-steps // method.stages) == 0:
             balancer = informed(
@@ -348,10 +402,6 @@ class Task(NamedTuple):
     seed: int
 
     @property
-    def steps(self) -> int:
-        return STEPS[self.setting] * STUDENTS[self.student][1]
-
-    @property
     def how(self) -> Method:
         return (GRID if self.case == TUNING else METHODS)[self.method]
 
@@ -360,11 +410,13 @@ def tasks(options: argparse.Namespace) -> Iterator[list[Task]]:
     """What is done in one go, a seed at a time; hard cases last."""
     seeds = range(FIRST, FIRST + options.seeds)
     if "tuning" in options.settings:
-        yield from ([Task("A", TUNING, "small", method, seed) for method in GRID] for seed in TUNED_ON)
+        for seed in TUNED_ON:
+            yield [Task("A", TUNING, "small", method, one) for method in GRID for one in (seed, seed + AGAIN)]
     if "A" in options.settings:
         for seed in seeds:
             asked = [(student, method) for student in options.students for method in OF_STUDENTS[student]]
-            yield [Task("A", "", *one, seed) for one in asked]
+            again = [one for one in asked if one[0] == "small" and one[1] in TWICE]
+            yield [Task("A", "", *one, seed) for one in asked] + [Task("A", "", *one, seed + AGAIN) for one in again]
     if "B" in options.settings:
         folds = range(FIRST, FIRST + FOLDS)
         yield from ([Task("B", "", "small", method, seed) for method in IN_B] for seed in folds)
@@ -377,30 +429,31 @@ def tasks(options: argparse.Namespace) -> Iterator[list[Task]]:
 
 def run(due: list[Task], options: argparse.Namespace) -> None:
     """All students of a seed in a setting, a line of --runs for each number."""
-    setting, seed = due[0].setting, due[0].seed
+    setting, seed = due[0].setting, due[0].seed % AGAIN
     torch.set_num_threads(1)
     folder = options.runs.parent
     if setting == "A":
         base = fashion(seed, options.source, folder, HELD if due[0].case == TUNING else VAL)
     else:
         base = nih(seed, folder)
-    known: dict[str, tuple[Material, Measured]] = {}
+    lessons: dict[str, Lesson] = {}
     for task in due:
         started = time.perf_counter()
-        if task.case not in known:
+        if task.case not in lessons:
             m = CASES[task.case](base, seed)
-            scored = {name: probed(m, one_ND) for name, one_ND in m.raw.items()}
-            known[task.case] = m, measured(m, scored)
-            teachers = {task._replace(method=f"teacher {name}", student=""): name for name in scored}
+            probes = next((one.probes for one in lessons.values() if one.probes.serve(m)), Probes(m))
+            lessons[task.case] = prepared(m, probes)
+            teachers = {task._replace(method=f"teacher {name}", student="", seed=seed): name for name in m.raw}
             for one in teachers.keys() - finished(options.runs):
-                keep(options.runs, one, [], rows_of(m, scored[teachers[one]]))
-        m, found = known[task.case]
+                keep(options.runs, one, [], rows_of(m, probes.scored[teachers[one]]))
+        lesson = lessons[task.case]
+        m = lesson.m
         by = signature(task.how.balancer).parameters.get("by")
-        if found.sure_NS is None and by is not None and by.default == "images":
-            found = replace(found, sure_NS=sure(m))
-            known[task.case] = m, found
-        width, _ = STUDENTS[task.student]
-        model, weights = train(m, found, task.how, width, seed, task.steps, BATCH[setting])
+        if lesson.known.sure_NS is None and by is not None and by.default == "images":
+            known = replace(lesson.known, sure_NS=sure(m, lesson.probes))
+            lesson = lessons[task.case] = lesson._replace(known=known)
+        size = STUDENTS[task.student]
+        model, weights = train(lesson, task.how, size, task.seed, STEPS[setting] * size.times, BATCH[setting])
         rows = list(rows_of(m, probed(m, summaries(m, model))))
         keep(options.runs, task, weights, rows)
         said = "  ".join(f"{row['group']} {row['value']:.1f}" for row in rows[:3])
@@ -408,7 +461,7 @@ def run(due: list[Task], options: argparse.Namespace) -> None:
 
 
 def keep(path: Path, task: Task, weights: list[float], rows: Iterable[dict[str, Any]]) -> None:
-    steps = task.steps if task.student else 0
+    steps = STEPS[task.setting] * STUDENTS[task.student].times if task.student else 0
     told = task._asdict() | {"steps": steps, "weights": [round(one, 3) for one in weights]}
     text = "".join(json.dumps(told | row) + "\n" for row in rows)
     with path.open("a") as file:
@@ -441,6 +494,8 @@ def publish(options: argparse.Namespace) -> str:
         if case == TUNING:
             parts.append(f"Chosen: {'; '.join(tuned(by, GRID, 'A'))}.")
         if (setting, case, student) == ("A", "", "small"):
+            head, *body = duels(by, OURS, [one for one in METHODS if one not in OURS and "views" not in one])
+            parts.append(table(head, body))
             plot(by, METHODS, options.results / "fairness.svg")
     text = "\n\n".join(parts) + "\n"
     (options.results / "fairness.md").write_text(text, encoding="utf-8")

@@ -60,7 +60,7 @@ def cells(
     by: Literal["images", "labels", "views"] = "images",
     temperature: float = 0.04,
     gamma: float = 1.0,
-    tau: float = 0.8,
+    tau: float = 0.5,
     ema: float = 0.1,
     floor: float = 0.1,
     cap: float = 10.0,
