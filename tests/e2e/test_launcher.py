@@ -78,6 +78,19 @@ def test_two_ranks_are_one(lab, two_ranks, whole):
     assert re.search(r"reloaded in a fresh process: max abs diff \S+", output)
 
 
+@pytest.mark.slow
+def test_two_ranks_are_one_where_images_choose_their_teachers(lab, workshop):
+    balance = {"kind": "cells", "group": "device", "options": {"support": 2, "by": "images"}}
+    changes = {"data.labels": ["even"], "balance": balance}
+    out = workshop.folder / "cells"
+    status, output = launch(workshop.config(changes), out)
+    assert status == 0, output
+    one = workshop.run("cells-one", changes)
+    assert_same_losses(lab, out, one)
+    found, expected = (load_file(folder / "measured" / "full.safetensors")["sure_NS"] for folder in (out, one))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def test_zero_3_reproduces_zero_1(lab, two_ranks, workshop):
     out = workshop.folder / "zero3"
     status, output = launch(workshop.config({"engine.zero": 3}), out)
