@@ -1,10 +1,10 @@
 """What the rows of bench/fairness.py say: levels, changes and their intervals, as tables and a plot.
 
-Everything is a statistic of what the seeds found together: of a group the mean of its values, weighted by what a value
-is of (images of an accuracy, pairs of an AUROC), `worst` the least of the groups and `gap` the most less the least.
-Errors are by the jackknife over the seeds (Efron 1982), which for a plain mean is s / √n; students of the same images
-and teachers are left out together. For `worst` and `gap` that
-takes one group to be clearly the worst; of many small groups the least is also lower than any of them is.
+Everything is a statistic of what the students found together: of a group the mean of its values, weighted by what a
+value is of (images of an accuracy, pairs of an AUROC), `worst` the least of the groups and `gap` the most less the
+least. Errors are by the jackknife over the seeds (Efron 1982), which for a plain mean is s / √n; students of the same
+images and teachers are left out together. For `worst` and `gap` that takes one group to be clearly the worst; of many
+small groups the least is also lower than any of them is.
 """
 
 from __future__ import annotations
