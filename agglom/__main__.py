@@ -1,7 +1,5 @@
 """`python -m agglom` is `agglom`."""
 
-import sys
+from agglom.cli import run
 
-from agglom.cli import main
-
-sys.exit(main())
+run()

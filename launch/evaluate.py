@@ -4,6 +4,6 @@ import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # the launcher puts launch/ there
-from agglom.cli import main  # noqa: E402
+from agglom.cli import run  # noqa: E402
 
-sys.exit(main(["evaluate", *sys.argv[1:]]))
+run(["evaluate", *sys.argv[1:]])

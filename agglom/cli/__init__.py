@@ -6,6 +6,7 @@ Imports nothing heavy, so that a wrong configuration is answered in under a seco
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import os
 import sys
@@ -13,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from agglom import __version__
 from agglom.errors import VERDICT_NO, AgglomError, ConfigError, DataError, Interrupted, PluginError
@@ -89,6 +91,24 @@ _ARGUMENTS: dict[str, dict[str, object]] = {
 }
 
 
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """The command: `main`, then the end of this process with the status it returned.
+
+    The interpreter is not taken down. DeepSpeed keeps process groups alive to the end, and a thread of theirs that
+    then lets go of a tensor aborts the process (pytorch/pytorch#179291): 134 in place of the status.
+    """
+    status = 1
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    atexit.register(end)  # the first to be registered is the last to be called
+    status = main(argv)
+    sys.exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit status (see `agglom.errors`); no error of the user's shows a traceback."""
     try:
@@ -96,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        return _RUN[arguments.verb](arguments)
+        status = _RUN[arguments.verb](arguments)
+        sys.stdout.flush()
+        return status
     except AgglomError as error:
         return _report(error, arguments.debug)
     except KeyboardInterrupt:

@@ -306,3 +306,38 @@ def test_a_reader_that_leaves_is_no_error():
     command = f"{sys.executable} -m agglom list teachers | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) in ((0, ""), (-signal.SIGPIPE, ""))
+
+
+def test_threads_of_a_group_that_lives_on_do_not_change_the_status(tmp_path):
+    """Collectives end while the process does: taking the interpreter down aborted it, status 134, now and then."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert "terminate" not in done.stderr
+
+
+LATE = """
+import sys, time
+import torch
+import torch.distributed as dist
+from agglom import cli
+from agglom.engine import launched
+
+class Late:
+    def __del__(self, sleep=time.sleep):
+        sleep(0.2)  # where the interpreter is taken down, the threads get their turn here
+
+late, kept = Late(), []
+
+def main(argv):
+    with launched():
+        kept.append(dist.group.WORLD)
+        sys.setswitchinterval(60)  # the threads lag behind
+        for _ in range(1000):
+            dist.all_reduce(torch.ones(1000), async_op=True)
+    return 4
+
+cli.main = main
+cli.run([])
+"""
