@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agglom.findings import CHANCE, estimate, number, share, support, sweep_sizes
+from agglom.findings import CHANCE, estimate, listed, number, share, support, sweep_sizes
 from agglom.reading import OVERALL, Place, Reading, Row, Series, Variant, unique
 
 # The area of a plot begins LEFT pixels from the left and is SIZE wide.
@@ -257,7 +257,12 @@ def reasons(drawn: Mapping[str, Any] | None, given: Mapping[str, Any] | None) ->
     names = given["teachers"]
     rights = [f"right, {name}" for name in names] if given["right"] else []
     head = ["group", "patients", *names, *rights, "student before", *(f"noise, {name}" for name in names)]
-    return {"stage": given["stage"], "head": head, "lines": lines}
+    borrowed = [
+        f"{listed(one['groups'])}: what {one['teacher']} says of images of {listed(one['of'])}, those that "
+        f"{listed(one['by'])} find{'s' * (len(one['by']) == 1)} most alike"
+        for one in given.get("borrowed", ())
+    ]
+    return {"stage": given["stage"], "head": head, "lines": lines, "borrowed": borrowed}
 
 
 def _shade(weight: float | None) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from agglom import confidence, plugins, scores, targets
 from agglom.assemble import Run, batches
-from agglom.core import cells, groups, losses, metrics
+from agglom.core import borrowing, cells, groups, losses, metrics
+from agglom.core.borrowing import Bank, Lend
 from agglom.core.cells import Measured
 from agglom.core.types import Features
 from agglom.errors import CacheError
@@ -55,16 +56,17 @@ def before(
     if not wanted(run):
         return None
     world, stored = run.world, partial(_stored, run, identity=run.trained)
+    bank = world.broadcast(world.on_main(lambda: _bank(run, cast(Survey, surveyed))))
     known = world.broadcast(world.on_main(lambda: stored(stage)))
     if known is None:
         # Teachers are frozen: what was measured before the first stage holds for all.
         frozen = world.broadcast(world.on_main(lambda: stored(run.plan.stages[0].name)))
         if frozen is None:
-            frozen = _of_teachers(run, last, normalisers, surveyed)
+            frozen = _of_teachers(run, last, normalisers, surveyed, bank)
         known = frozen | world.broadcast(world.on_main(lambda: _of_student(run, last)) or {})
         world.on_main(lambda: _save(run, stage, known))
     here = {one.name: known[one.name].to(world.device) for one in fields(Measured) if one.name in known}
-    return Measured(**here)
+    return Measured(**here, bank=bank.to(world.device) if bank else None)
 
 
 def reasons(run: Run, stage: str) -> dict[str, Any] | None:
@@ -86,7 +88,26 @@ def reasons(run: Run, stage: str) -> dict[str, Any] | None:
         "right": right_GS.tolist() if by_images else None,
         "student": known["student_G"].tolist(),
         "noise": torch.where(known["noise_GT"].any(1, keepdim=True), 1 - steady_GS, torch.nan).tolist(),
+        "borrowed": _borrowed(run, stage, known["right_GS"]),
     }
+
+
+def _borrowed(run: Run, stage: str, right_GS: Tensor) -> list[dict[str, Any]]:
+    """Who borrows what in a stage, by name."""
+    if not _borrows(run):
+        return []
+    names, values = teachers(run), run.balance_space.values
+    (active,) = (one.teachers for one in run.plan.stages if one.name == stage)
+    served_GS = served(run) & torch.tensor([name in active for name in names])
+    return [
+        {
+            "teacher": names[loan.teacher],
+            "groups": [values[group] for group in loan.to],
+            "by": [names[one] for one in loan.by],
+            "of": [values[group] for group in loan.of],
+        }
+        for loan in borrowing.loans(right_GS, served_GS)
+    ]
 
 
 def _path(run: Run, stage: str) -> Path:
@@ -109,21 +130,55 @@ def _save(run: Run, stage: str, known: Mapping[str, Tensor]) -> None:
 
 
 def _of_teachers(
-    run: Run, last: str, normalisers: Mapping[str, Normaliser], surveyed: Survey | None
+    run: Run, last: str, normalisers: Mapping[str, Normaliser], surveyed: Survey | None, bank: Bank | None
 ) -> dict[str, Tensor]:
     """What does not change in a run: the numbers of rank 0, which a resumed run reads, on every rank."""
-    noise_GT, spread_GT = floors(run, normalisers)
 
     def read() -> dict[str, Tensor]:
         names = teachers(run)
         found = of_scores(run, _scores(run, last), [f"teacher/{name}" for name in names])
         known = {"right_GS": found.shrunk_GP, "right_S": found.pooled_P, "raw_GS": found.raw_GP}
         known |= {"patients_G": found.patients_G, "least": torch.tensor(run.job.data.min_support)}
-        if plugins.given(run.job.balance.kind, "balancers", run.job.balance.options, "by") == "images":
+        if _option(run, "by") == "images":
             known["sure_NS"] = confidence.measure(run, cast(Survey, surveyed), names)
-        return known | {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
+        return known
 
-    return cast(dict[str, Tensor], run.world.broadcast(run.world.on_main(read)))
+    known = cast(dict[str, Tensor], run.world.broadcast(run.world.on_main(read)))
+    names, lend = tuple(teachers(run)), None
+    if bank is not None:
+        loans = borrowing.loans(known["right_GS"], served(run))
+        lend = borrowing.lender(loans, names, bank.to(run.world.device), _option(run, "borrow"))
+    noise_GT, spread_GT = floors(run, normalisers, lend)
+    return known | {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
+
+
+def _option(run: Run, name: str) -> Any:
+    return plugins.given(run.job.balance.kind, "balancers", run.job.balance.options, name)
+
+
+def _borrows(run: Run) -> bool:
+    return bool(_option(run, "borrow") and run.job.loss.summary_weight)
+
+
+def _bank(run: Run, surveyed: Survey) -> Bank | None:
+    """The train images of the survey, from which targets of summaries may be borrowed; None where none are."""
+    if not _borrows(run):
+        return None
+    train_N = torch.as_tensor(run.manifest.split_N[surveyed.rows_N] == "train")
+    pools = {name: surveyed.pools[name].summary_ND for name in teachers(run)}
+    summary = {name: one_ND[train_N] for name, one_ND in pools.items() if one_ND is not None}
+    return Bank(run.balance_space.index_N[torch.as_tensor(surveyed.rows_N)][train_N], summary)
+
+
+def served(run: Run) -> Tensor:
+    """Groups × teachers of the loss table (bool): who serves any train image of a group."""
+    space, train_N = run.balance_space, torch.as_tensor(run.manifest.rows("train"))
+    served_GS = torch.ones(len(space.values), len(teachers(run)), dtype=torch.bool)
+    for index, name in enumerate(teachers(run)):
+        if name in run.served:
+            group_N = space.index_N[train_N][run.served[name][train_N]]
+            served_GS[:, index] = torch.bincount(group_N[group_N >= 0], minlength=len(space.values)) > 0
+    return served_GS
 
 
 def _of_student(run: Run, last: str) -> dict[str, Tensor]:
@@ -197,9 +252,10 @@ def judged(
     return Found(mean[1 : len(members)], mean[len(members) :], mean[0], patients_G)
 
 
-def floors(run: Run, normalisers: Mapping[str, Normaliser]) -> tuple[Tensor, Tensor]:
+def floors(run: Run, normalisers: Mapping[str, Normaliser], lend: Lend | None = None) -> tuple[Tensor, Tensor]:
     """Noise and spread of each cell (G, T), without static weights: half the mean loss between the targets of an image
-    and of its simulated acquisition, and of two images of the group, on at most IMAGES train images of each group.
+    and of its simulated acquisition, and of two images of the group, on at most IMAGES train images of each group;
+    `lend`: with what is borrowed in its place.
 
     Of squared errors that is the variance within an image and between images. A group of fewer than ENOUGH pairs is
     spoken for by its parents. A cell that no teacher serves: noise 0 and spread 1.
@@ -212,7 +268,7 @@ def floors(run: Run, normalisers: Mapping[str, Normaliser]) -> tuple[Tensor, Ten
     kinds = {"summary": run.job.loss.summary, "patches": run.job.loss.patches}
     dispersion = {name: one.dispersion for name, one in normalisers.items() if one.dispersion is not None}
     everybody_N = torch.ones_like(space.index_N, dtype=torch.bool)
-    served = {name: run.served.get(name, everybody_N) for name in names}
+    serves = {name: run.served.get(name, everybody_N) for name in names}
     empty_GT = torch.zeros(len(space.values) + 1, len(columns), dtype=torch.float64, device=device)
     sums = [empty_GT.clone() for _ in range(4)]  # of noise and its images, of spread and its pairs
     for mine, batch in batches(run, rows_N, run.plan.evaluate_size, NUISANCE):
@@ -223,11 +279,13 @@ def floors(run: Run, normalisers: Mapping[str, Normaliser]) -> tuple[Tensor, Ten
             targets.encode(run.teachers, names, pixels_BCHW.to(device))
             for pixels_BCHW in (batch.pixels_BCHW, cast(Tensor, batch.student_BCHW))
         ]
-        clean, seen = ({name: normalisers[name](one) for name, one in features.items()} for features in raw)
         next_B = torch.arange(1, len(mine) + 1) % len(mine)
         group_B = space.index_N[row_B]
+        if lend is not None:
+            raw = [targets.lent(features, lend, group_B.to(device)) for features in raw]
+        clean, seen = ({name: normalisers[name](one) for name, one in features.items()} for features in raw)
         alike_B = (group_B == group_B[next_B]) & (next_B > 0)
-        taught = {name: served_N[row_B] for name, served_N in served.items()}
+        taught = {name: served_N[row_B] for name, served_N in serves.items()}
         paired = {name: mask_B & mask_B[next_B] & alike_B for name, mask_B in taught.items()}
         other = {name: _rows(features, next_B) for name, features in clean.items()}
         found: list[Tensor] = []

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from agglom.core import losses, normalise
+from agglom.core.borrowing import Lend
 from agglom.core.normalise import Affine
 from agglom.core.types import Features, PixelSpec, Teacher
 from agglom.errors import CacheError, ConfigError
@@ -232,6 +233,13 @@ def encode(
         return done[name]
 
     return {name: features(name) for name in names}
+
+
+def lent(features: Mapping[str, Features], lend: Lend, group_B: Tensor) -> dict[str, Features]:
+    """Raw features with the summaries that images of these groups borrow in the place of their own."""
+    summary = {name: one.summary_BD for name, one in features.items() if one.summary_BD is not None}
+    told = lend(summary, group_B)
+    return {name: one._replace(summary_BD=told.get(name)) for name, one in features.items()}
 
 
 def mosaicked(name: str, teacher: Teacher) -> Teacher:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agglom import checkpoints, plugins, progress, targets
+from agglom import checkpoints, measure, plugins, progress, targets
 from agglom.assemble import Run
 from agglom.checkpoints import State
 from agglom.core import groups, losses, schedule
@@ -202,6 +202,8 @@ def _compared(
     features = targets.encode(
         teachers, stage.teachers, batch.pixels_BCHW, lambda name, pixels_BCHW: shift.window(pixels_BCHW, there[name])
     )
+    if loop.balancer.lend is not None:
+        features = targets.lent(features, loop.balancer.lend, batch.group_B)
     student_BCHW = batch.pixels_BCHW if batch.student_BCHW is None else batch.student_BCHW
     trunk, predicted = loop.engine(shift.window(student_BCHW, here))
     wanted = {
@@ -305,15 +307,8 @@ def balancer(run: Run, stage: ResolvedStage, measured: Measured | None) -> Balan
 
 def _served_cells(run: Run, stage: ResolvedStage) -> Tensor:
     """Groups × columns (bool): whether the column's teacher is of the stage and serves any train image of the group."""
-    space, train_N = run.balance_space, torch.as_tensor(run.manifest.rows("train"))
-    served_GT = torch.ones(len(space.values), len(run.columns), dtype=torch.bool)
-    for index, column in enumerate(run.columns):
-        if column.teacher not in stage.teachers:
-            served_GT[:, index] = False
-        elif column.teacher in run.served:
-            group_N = space.index_N[train_N][run.served[column.teacher][train_N]]
-            served_GT[:, index] = torch.bincount(group_N[group_N >= 0], minlength=len(space.values)) > 0
-    return served_GT
+    of_stage_T = torch.tensor([column.teacher in stage.teachers for column in run.columns])
+    return measure.served(run)[:, losses.teacher_index(run.columns)] & of_stage_T
 
 
 def initial(run: Run, balancer: Balancer) -> State:

@@ -52,7 +52,8 @@ from _settings import CASES, FOLDS, HELD, TRUNK, TUNING, VAL, Material, Trunk, f
 from torch import Tensor, nn
 
 from agglom import confidence
-from agglom.core import balance, cells, groups, losses, metrics, normalise, schedule
+from agglom.core import balance, borrowing, cells, groups, losses, metrics, normalise, schedule
+from agglom.core.borrowing import Bank, Lend
 from agglom.core.cells import Measured
 from agglom.core.heads import Head
 from agglom.core.normalise import Affine, Moments
@@ -107,6 +108,7 @@ class Method(NamedTuple):
 
 CELLS, INVERSE = balance.cells, balance.inverse_frequency
 LABELS = partial(CELLS, by="labels")
+OWN = partial(CELLS, borrow=0, tau=0.5, temperature=0.04)
 METHODS = {
     "uniform": Method(balance.uniform),
     "inverse frequency": Method(INVERSE),
@@ -139,13 +141,15 @@ OURS = ("cells", "cells + MFD")
 # What is chosen from, on validation.
 GRID = {
     "uniform": Method(balance.uniform),
+    **{f"cells, τ = {tau}": Method(partial(CELLS, tau=tau)) for tau in (0.2, 0.3, 0.5)},
+    **{f"cells, neighbours = {number}": Method(partial(CELLS, borrow=number)) for number in (10, 100)},
+    **{f"cells + MFD, weight {weight}": Method(CELLS, mfd=weight) for weight in (0.03, 0.1)},
+    **{f"MFD, weight {weight}": Method(balance.uniform, mfd=weight) for weight in (0.03, 0.1, 0.3)},
+    **{f"cells, nothing borrowed, τ = {tau}": Method(partial(OWN, tau=tau)) for tau in (0.3, 0.5, 0.8)},
+    **{f"cells, by labels, τ = {tau}": Method(partial(LABELS, tau=tau)) for tau in (0.2, 0.3, 0.5)},
     **{f"inverse frequency, power {power}": Method(partial(INVERSE, power=power)) for power in (0.25, 0.5, 1)},
     **{f"resampling by group, power {power}": Method(balance.uniform, resample=power) for power in (0.25, 0.5)},
     **{f"UNIC dropping, p = {p}": Method(partial(balance.teacher_dropping, p=p)) for p in (0.25, 0.5)},
-    **{f"MFD, weight {weight}": Method(balance.uniform, mfd=weight) for weight in (0.03, 0.1, 0.3)},
-    **{f"cells, by labels, τ = {tau}": Method(partial(LABELS, tau=tau)) for tau in (0.3, 0.5, 0.8)},
-    **{f"cells, τ = {tau}": Method(partial(CELLS, tau=tau)) for tau in (0.3, 0.5, 0.8)},
-    **{f"cells, τ = {tau}, + MFD": Method(partial(CELLS, tau=tau), mfd=0.1) for tau in (0.5, 0.8)},
 }
 OF_STUDENTS = {
     "small": tuple(METHODS),
@@ -203,8 +207,11 @@ def fitted(m: Material) -> dict[str, Affine]:
     return {name: normalise.fit("phi_s", one) for name, one in moments.items()}
 
 
-def measured(m: Material, affines: dict[str, Affine], scored: dict[str, np.ndarray]) -> Measured:
-    """What agglom measures of the cells before a stage, from the teachers' probes on validation and their twins."""
+def measured(
+    m: Material, affines: dict[str, Affine], goal: dict[str, Tensor], scored: dict[str, np.ndarray], borrow: int
+) -> Measured:
+    """What agglom measures of the cells before a stage, from the teachers' probes on validation and their twins, where
+    targets of so many neighbours are borrowed (0: none)."""
     known_M = (m.seen_N[m.twin_M] >= 0) & (m.seen_N[m.twin_M] < len(m.values))
     twin_M = m.twin_M[known_M]
     group_M = m.seen_N[twin_M]
@@ -212,15 +219,20 @@ def measured(m: Material, affines: dict[str, Affine], scored: dict[str, np.ndarr
     count_G = torch.bincount(group_M, minlength=len(m.values))
     speaks_GG = cells.speakers(m.values, count_G, ENOUGH)
     noise_GT, spread_GT = (torch.zeros(len(m.values), len(m.raw), dtype=torch.float64) for _ in range(2))
-    for column, (name, affine) in enumerate(affines.items()):
-        twin_MD = normalise.apply(affine, m.twin_raw[name][known_M])
-        clean_MD = normalise.apply(affine, m.raw[name][twin_M])
+    clean = {name: one_ND[twin_M] for name, one_ND in goal.items()}
+    twin = {name: normalise.apply(affine, m.twin_raw[name][known_M]) for name, affine in affines.items()}
+    bank = Bank(m.seen_N[m.fit], {name: one_ND[m.fit] for name, one_ND in goal.items()})
+    if borrow:
+        loans = borrowing.loans(found.shrunk_GP, torch.ones_like(found.shrunk_GP, dtype=torch.bool))
+        lend = borrowing.lender(loans, tuple(goal), bank, borrow)
+        clean, twin = lend(clean, group_M), lend(twin, group_M)
+    for column, name in enumerate(goal):
         for group, speaks_G in enumerate(speaks_GG > 0):
             mine = torch.nonzero(speaks_G[group_M])[:, 0]
-            noise_GT[group, column] = losses.mse(clean_MD[mine], twin_MD[mine]).mean() / 2
-            spread_GT[group, column] = losses.mse(clean_MD[mine], clean_MD[mine].roll(1, 0)).mean() / 2
+            noise_GT[group, column] = losses.mse(clean[name][mine], twin[name][mine]).mean() / 2
+            spread_GT[group, column] = losses.mse(clean[name][mine], clean[name][mine].roll(1, 0)).mean() / 2
     unknown_G = torch.full((len(m.values),), torch.nan, dtype=torch.float64)
-    return Measured(found.shrunk_GP, found.raw_GP, found.pooled_P, unknown_G, noise_GT, spread_GT)
+    return Measured(found.shrunk_GP, found.raw_GP, found.pooled_P, unknown_G, noise_GT, spread_GT, bank=bank)
 
 
 def held_out(m: Material, raw_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -294,31 +306,55 @@ def drawn(m: Material, method: Method, batch: int, draw: torch.Generator) -> Ite
         yield from (rows_B for rows_B in order.split(batch) if len(rows_B) == batch)
 
 
-class Lesson(NamedTuple):
-    """A setting or a case of it, the targets (N, D) of each teacher, what is measured of them, and views once made."""
+class Lesson:
+    """A setting or a case of it: the targets (N, D) of each teacher, and what takes time and is made once."""
 
-    m: Material
-    probes: Probes
-    goal: dict[str, Tensor]
-    known: Measured
-    made: dict[Acquisition, Tensor]
+    def __init__(self, m: Material, probes: Probes) -> None:
+        self.m, self.probes, self.affines = m, probes, fitted(m)
+        self.goal = {name: normalise.apply(affine, m.raw[name]) for name, affine in self.affines.items()}
+
+        self.made: dict[tuple[Any, ...], Any] = {}
+
+    def once(self, *key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
+
+    def known(self, balancer: Callable[..., Balancer]) -> Measured:
+        """What is measured for a balancer that asks for it."""
+        by, borrow = (option(balancer, name) for name in ("by", "borrow"))
+        scored = self.probes.scored
+        found = self.once("known", borrow, make=lambda: measured(self.m, self.affines, self.goal, scored, borrow))
+        if by != "images":
+            return found
+        return replace(found, sure_NS=self.once("sure", make=lambda: sure(self.m, self.probes)))
+
+    def lent(self, balancer: Callable[..., Balancer], lend: Lend) -> dict[str, Tensor]:
+        """The targets, with what train images borrow."""
+
+        def make() -> dict[str, Tensor]:
+            whole = {name: one_ND.clone() for name, one_ND in self.goal.items()}
+            for rows in self.m.fit.split(500):
+                told = lend({name: one_ND[rows] for name, one_ND in self.goal.items()}, self.m.seen_N[rows])
+                for name, one_BD in told.items():
+                    whole[name][rows] = one_BD
+            return whole
+
+        return self.once("lent", option(balancer, "borrow"), make=make)
 
     def views(self, acquisition: Acquisition, seed: int) -> Tensor:
-        if acquisition not in self.made:
-            self.made[acquisition] = views(self.m, acquisition, seed)
-        return self.made[acquisition]
+        return self.once("views", acquisition, make=lambda: views(self.m, acquisition, seed))
 
 
-def prepared(m: Material, probes: Probes) -> Lesson:
-    affines = fitted(m)
-    goal = {name: normalise.apply(affine, m.raw[name]) for name, affine in affines.items()}
-    return Lesson(m, probes, goal, measured(m, affines, probes.scored), {})
+def option(balancer: Callable[..., Balancer], name: str) -> Any:
+    return signature(balancer).parameters[name].default
 
 
 def train(lesson: Lesson, method: Method, size: Size, seed: int, steps: int, batch: int) -> tuple[Student, list[float]]:
     """One student, by the table of losses and the method's weights on one process; and the last weights of groups."""
     torch.manual_seed(seed + 2 * AGAIN)  # or it would start as a teacher did that was trained with this seed
-    m, goal, known, names = lesson.m, lesson.goal, lesson.known, tuple(lesson.m.raw)
+    m, goal, names = lesson.m, lesson.goal, tuple(lesson.m.raw)
+    known = lesson.known(method.balancer) if "measured" in signature(method.balancer).parameters else None
     model = Student(size, {name: one.shape[1] for name, one in goal.items()}).train()
     if size.started:
         model.trunk.load_state_dict(m.start)
@@ -332,18 +368,18 @@ def train(lesson: Lesson, method: Method, size: Size, seed: int, steps: int, bat
     more = {"groups": m.values, "teachers": names, "count_G": count_G, "group_N": group_N}
     facts = Cells(share_G, torch.arange(len(goal)), batch, len(m.fit), **more)
 
-    def informed(known: Measured) -> Balancer:
-        asked = {"measured": known} if "measured" in signature(method.balancer).parameters else {}
-        return method.balancer(cells=facts, **asked)
+    def informed(known: Measured | None) -> Balancer:
+        return method.balancer(cells=facts, **({"measured": known} if known else {}))
 
     balancer = informed(known)
+    if balancer.lend is not None:
+        goal = lesson.lent(method.balancer, balancer.lend)
     state, draw = balancer.init(), torch.Generator().manual_seed(seed)
     taken_VNCHW = None if method.seen is None else lesson.views(method.seen, seed % AGAIN)
     for step, row_B in enumerate(itertools.islice(drawn(m, method, batch, draw), steps)):
         if step and step % -(-steps // method.stages) == 0:
-            balancer = informed(
-                replace(known, student_G=on_validation(m, [probed(m, summaries(m, model.eval()))]).shrunk_GP[:, 0])
-            )
+            lag = on_validation(m, [probed(m, summaries(m, model.eval()))]).shrunk_GP[:, 0]
+            balancer = informed(known and replace(known, student_G=lag))
             model.train()
         optimizer.param_groups[0]["lr"] = schedule.lr(step, steps=steps, warmup=steps // 20, peak=PEAK, end=END)
         seen_BCHW, group_B = m.pixels_NCHW[row_B], m.seen_N[row_B]
@@ -453,16 +489,12 @@ def run(due: list[Task], options: argparse.Namespace) -> None:
         if task.case not in lessons:
             m = CASES[task.case](base, seed)
             probes = next((one.probes for one in lessons.values() if one.probes.serve(m)), Probes(m))
-            lessons[task.case] = prepared(m, probes)
+            lessons[task.case] = Lesson(m, probes)
             teachers = {task._replace(method=f"teacher {name}", student="", seed=seed): name for name in m.raw}
             for one in teachers.keys() - finished(options.runs):
                 keep(options.runs, one, [], rows_of(m, probes.scored[teachers[one]]))
         lesson = lessons[task.case]
         m = lesson.m
-        by = signature(task.how.balancer).parameters.get("by")
-        if lesson.known.sure_NS is None and by is not None and by.default == "images":
-            known = replace(lesson.known, sure_NS=sure(m, lesson.probes))
-            lesson = lessons[task.case] = lesson._replace(known=known)
         size = STUDENTS[task.student]
         model, weights = train(lesson, task.how, size, task.seed, task.steps, BATCH[setting])
         rows = list(rows_of(m, probed(m, summaries(m, model))))

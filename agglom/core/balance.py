@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from agglom.core import borrowing
 from agglom.core.cells import (
     SKILLED,
     UNSKILLED,
@@ -58,15 +59,17 @@ def cells(
     cells: Cells,
     measured: Measured,
     by: Literal["images", "labels", "views"] = "images",
-    temperature: float = 0.04,
+    temperature: float = 0.15,
     gamma: float = 1.0,
-    tau: float = 0.5,
+    tau: float = 0.3,
     ema: float = 0.1,
     floor: float = 0.1,
     cap: float = 10.0,
     support: int = 30,
+    borrow: int = 30,
 ) -> Balancer:
-    """Teachers count by measured reliability, groups by what is left to learn.
+    """Teachers count by measured reliability, groups by what is left to learn; what a teacher does not know of a group
+    is borrowed.
 
     A sample i of group g weighs (q_g / p_g)·ρ_{s|i} / B for teacher s, from what is `measured` before a stage:
 
@@ -79,11 +82,16 @@ def cells(
       evaluation; a group whose best teacher is less than .2 above chance counts less, to a quarter, so that one that
       is only noise takes nothing from the others. `floor`·p_g ≤ q_g ≤ `cap`·p_g.
 
+    - the summary of a teacher whose AUROC in the group is clearly below the best is the mean of what it says of the
+      `borrow` images of other groups that are most alike to those who know the group (`core.borrowing`); it then counts
+      as much as these do. 0: nothing is borrowed.
+
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
     a step keeps its weight, and the others share theirs. A sample without annotation has q = p and, where it has none
     of its own, the ρ of everybody, which is by labels. Of the teachers of an image ρ is 1 on average.
     State: as that of `group_dro`.
-    Raises ValueError unless temperature > 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap and support ≥ 0.
+    Raises ValueError unless temperature > 0, 0 ≤ gamma ≤ 1, tau > 0, 0 < ema ≤ 1, 0 ≤ floor ≤ 1 ≤ cap, support ≥ 0 and
+    borrow ≥ 0.
     """
     _require(
         "cells",
@@ -94,12 +102,15 @@ def cells(
         floor=(floor, 0 <= floor <= 1, "in [0, 1]"),
         cap=(cap, cap >= 1, "≥ 1"),
         support=(support, support >= 0, "≥ 0"),
+        borrow=(borrow, borrow >= 0, "≥ 0"),
     )
     share_G, served_GS = cells.share_G.double(), cells.served_GS
+    loans = borrowing.loans(measured.right_GS, served_GS) if borrow and measured.bank is not None else []
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
     static_T = torch.ones_like(cells.teacher_T) if cells.static_T is None else cells.static_T
     speaks_GG, follow = speakers(cells.groups, count_G, support), following(cells, ema)
-    rho_GS = reliability(measured.right_GS, served_GS, temperature)
+    groups = torch.arange(len(share_G), device=share_G.device)
+    rho_GS = reliability(borrowing.reliable(measured.right_GS, groups, loans), served_GS, temperature)
     rho_S = reliability(measured.right_S[None], served_GS.any(0)[None], temperature)[0]
     if by == "views":
         kept_GS, kept_S = steadiness(measured.noise_GT, measured.spread_GT, cells.teacher_T)
@@ -109,10 +120,12 @@ def cells(
     log_G = gamma * share_G.log() + skilled_G.log() + lag_G / tau
     sure_NS = measured.sure_NS if by == "images" else None
     if sure_NS is not None and cells.group_N is not None:
+        sure_NS = borrowing.reliable(sure_NS, cells.group_N, loans)
         rho_GS = on_average(
             listening(sure_NS, served_GS[cells.group_N.clamp(min=0)], temperature), cells.group_N, rho_GS
         )
     weigh_groups = by_group(cells)
+    lend = borrowing.lender(loans, cells.teachers, measured.bank, borrow) if loans and measured.bank else None
 
     def tempered(log_G: Tensor, here_G: Tensor, mass: Tensor) -> Tensor:
         """exp(log_G), scaled to `mass` between floor and cap; a mixture with uniform keeps all above the floor."""
@@ -139,15 +152,14 @@ def cells(
         return weigh_groups(state, table, group_B) * rho_BS.to(table.loss_BT.dtype)[:, cells.teacher_T]
 
     def update(state: State, stats: CellStats) -> State:
-        groups = len(share_G)
-        merged = CellStats(speaks_GG @ stats.sum_GT[:groups], speaks_GG @ stats.count_GT[:groups])
+        merged = CellStats(*(speaks_GG @ total_GT[: len(share_G)] for total_GT in stats))
         followed, active_GT, ready_G = follow(state, merged)
         left_G = excess(followed["loss_GT"] / static_T, measured, rho_GS[:, cells.teacher_T] * active_GT)
         mass = torch.where(ready_G, state["q_G"], 0.0).sum()
         q_G = tempered(log_G + left_G / tau, ready_G, mass)
         return {"q_G": torch.where(ready_G, q_G, state["q_G"]), **followed}
 
-    return Balancer(init, weigh, update)
+    return Balancer(init, weigh, update, lend)
 
 
 def group_dro(

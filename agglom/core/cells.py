@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from agglom.core.borrowing import Bank
+
 # Below this skill of its best teacher nobody has shown that a group can be taught; it then counts less, and at least
 # UNSKILLED of what it would: few patients do not show the contrary either.
 SKILLED, UNSKILLED = 0.2, 0.25
@@ -32,7 +34,8 @@ class Measured:
     `raw_GS` as it was found, and `right_S` over everybody. `student_G`: that of the student, shrunk, NaN before it has
     learnt anything. `noise_GT` and `spread_GT`: half the mean loss between the targets of two views of an image, and of
     two images of the group, without static weights. `sure_NS` (float32), where it is asked for: how probable it is that
-    a teacher's probe is right on an image (`agglom.confidence`).
+    a teacher's probe is right on an image (`agglom.confidence`). `bank`: the train images that targets may be borrowed
+    from (`core.borrowing`).
     """
 
     right_GS: Tensor
@@ -42,6 +45,7 @@ class Measured:
     noise_GT: Tensor
     spread_GT: Tensor
     sure_NS: Tensor | None = None
+    bank: Bank | None = None
 
 
 def skill(right: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from agglom.core.borrowing import Lend
+
 
 class Batch(NamedTuple):
     """Images on their way to the student and its teachers.
@@ -182,8 +184,11 @@ class Balancer:
 
     `init() -> state`; `weigh(state, table, group_B, generator) -> w_BT` reads the state only and needs no
     collective; `update(state, stats) -> state` runs once per optimizer step on sums over all micro-batches and ranks.
+    `lend(summaries, group_B) -> summaries`, of a balancer that has it, puts others in the place of raw summaries
+    (`core.borrowing`).
     """
 
     init: Callable[[], dict[str, Tensor]]
     weigh: Callable[..., Tensor]
     update: Callable[[dict[str, Tensor], CellStats], dict[str, Tensor]]
+    lend: Lend | None = None

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
 
-from agglom.core import losses
+from agglom.core import borrowing, losses
 from agglom.core.cells import listening
 
 CONFIGURATION = 2
@@ -88,6 +89,58 @@ def test_images_of_a_group_hear_teachers_by_how_sure_these_are_of_them(lab, monk
     group_N = np.array([row["device"] for row in rows])
     for group, right_T in zip(("A", "B"), found["right"], strict=True):
         assert right_T == pytest.approx(first[train_N & torch.tensor(group_N == group)].mean(0).tolist(), rel=1e-5)
+
+
+def test_a_group_borrows_what_a_teacher_does_not_know_of_it(lab, stop_at, monkeypatch):
+    """B asks two which images of A are like its own, for what one says of them; and so it does after a resume."""
+    loan = borrowing.Loan(teacher=1, by=(2,), of=(0,), to=(1,))
+    monkeypatch.setattr(borrowing, "loans", lambda right_GS, served_GS: [loan])
+    seen, real = [], losses.table
+
+    def table(columns, predicted, wanted, present, **more):
+        found = real(columns, predicted, wanted, present, **more)
+        seen.append({name: one.summary_BD for name, one in wanted.items()})
+        return found
+
+    rows, objective = [], losses.objective
+
+    def weighed(table, weight_BT):
+        rows.append((table.row_B, seen[-1]))
+        return objective(table, weight_BT)
+
+    monkeypatch.setattr(losses, "table", table)
+    monkeypatch.setattr(losses, "objective", weighed)
+    changes = CELLS | {"balance": CELLS["balance"] | {"options": {"support": 2, "by": "labels", "borrow": 3}}}
+    # Nothing else moves the targets: all sees the whole image, at the size of the evaluation.
+    changes |= {"augment.crop": [1.0, 1.0], "evaluate.size": 64}
+    out = lab.run("out", changes)
+    with (lab.images / "manifest.csv").open() as file:
+        manifest = list(csv.DictReader(file))
+    group_N = np.array([row["device"] for row in manifest])
+    train_N = np.array([row["split"] == "train" for row in manifest])
+    raw = {name: load_file(out / "features" / f"{name}.safetensors")["summary"] for name in ("one", "two")}
+    lent_N, row_B, told = train_N & (group_N == "A"), *rows[-1]
+    near = NearestNeighbors(n_neighbors=3).fit(raw["two"][lent_N]).kneighbors(raw["two"], return_distance=False)
+    borrowed_ND = raw["one"][lent_N][torch.as_tensor(near)].mean(1)
+    expected_ND = torch.where(torch.as_tensor(group_N == "B")[:, None], borrowed_ND, raw["one"])
+    asked = [(row_B, told) for row_B, told in rows[-12:]]  # those of the second stage
+    assert any((group_N[row_B] == "B").any() for row_B, _ in asked)
+    for row_B, told in asked:
+        torch.testing.assert_close(told["one"], expected_ND[row_B], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(told["two"], raw["two"][row_B], atol=1e-4, rtol=1e-4)
+    reasons = json.loads((out / "reports" / "full.json").read_text())["context"]["reasons"]
+    assert reasons["borrowed"] == [{"teacher": "one", "groups": ["B"], "by": ["two"], "of": ["A"]}]
+    for report in ("full.md", "full.html"):
+        said = (out / "reports" / report).read_text()
+        assert "B: what one says of images of A, those that two finds most alike" in said
+
+    stop_at(9)
+    assert lab.distill("again", changes) == 130
+    lab.run("again", changes)
+    assert lab.same(lab.weights(lab.folder / "again"), lab.weights(out))
+    alone = {"balance": CELLS["balance"] | {"options": {"support": 2, "by": "labels", "borrow": 0}}}
+    kept = lab.run("kept", changes | alone)
+    assert not lab.same(lab.weights(kept), lab.weights(out))
 
 
 def test_without_labels_it_asks_for_views(lab, capsys):

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agglom import checkpoints, progress, train
+from agglom.core import borrowing
 
 ROOT = Path(__file__).parents[2]
 OURS = [str(ROOT / folder) for folder in ("agglom", "teachers", "students")]
@@ -134,6 +135,8 @@ def test_no_step_waits_for_a_value(lab, watch, monkeypatch, kind):
         return state
 
     monkeypatch.setattr(train, "train", watched)
+    loan = borrowing.Loan(teacher=2, by=(3,), of=(0,), to=(1,))  # among fair, local, one and two
+    monkeypatch.setattr(borrowing, "loans", lambda right_GS, served_GS: [loan])
     views = {"kinds": {"blur": 1.0, "inversion": 1.0}, "groups": {"device": ["A"]}}
     stages = [stage | {"length": "2 steps", "views": views} for stage in lab.job()["stages"]]
     lab.run("out", BUSY | BALANCERS[kind] | {"stages": stages})

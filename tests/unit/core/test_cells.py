@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agglom.core import balance
+from agglom.core.borrowing import Bank
 from agglom.core.cells import (
     APART,
     FOLLOWED,
@@ -46,7 +47,8 @@ def measured(seed=0, groups=3, **more):
         "noise_GT": rng.uniform(0, 0.3, (groups, 3)),
         "spread_GT": rng.uniform(0.3, 1, (groups, 3)),
     }
-    return Measured(**{key: tensor(value) for key, value in (parts | more).items()})
+    numbers = {key: value if isinstance(value, Bank) else tensor(value) for key, value in (parts | more).items()}
+    return Measured(**numbers)
 
 
 def of(shares=SHARES, served=None, **more):
@@ -161,7 +163,9 @@ class Reference:
     """`balance.cells` step by step in NumPy, with three groups of enough rows."""
 
     def __init__(self, known, temperature, gamma, tau, ema, floor, cap):
-        known = {key: getattr(known, key).numpy() for key in known.__dataclass_fields__ if key != "sure_NS"}
+        known = {
+            key: getattr(known, key).numpy() for key in known.__dataclass_fields__ if key not in ("sure_NS", "bank")
+        }
         right = known["right_GS"]
         best, reached = (np.maximum(2 * known[key].max(1) - 1, 0) for key in ("raw_GS", "right_GS"))
         worth = np.maximum(np.exp((right - right.max(1, keepdims=True)) / temperature), FOLLOWED)
@@ -309,6 +313,7 @@ def test_a_specialist_weighs_only_where_it_serves():
         ("floor", 2),
         ("cap", 0.5),
         ("support", -1),
+        ("borrow", -1),
     ],
 )
 def test_options_out_of_range(option, value):
@@ -354,7 +359,9 @@ def test_each_image_has_its_own_teachers_where_they_are_known():
     known = measured(sure_NS=sure_NS)
     group_B, row_B = torch.tensor([0, 0, -1, 0, -1]), torch.arange(5)
     table = LossTable(torch.rand(5, 3), torch.ones(5, 3, dtype=torch.bool), row_B=row_B)
-    by_labels, by_images = (balance.cells(cells=of(), measured=known, by=by) for by in ("labels", "images"))
+    by_labels, by_images = (
+        balance.cells(cells=of(), measured=known, by=by, temperature=0.04) for by in ("labels", "images")
+    )
     state = by_images.init()
     assert torch.equal(state["q_G"], by_labels.init()["q_G"])
     w_BT, cell_BT = by_images.weigh(state, table, group_B), by_labels.weigh(state, table, group_B)
@@ -381,7 +388,9 @@ def test_a_specialist_is_not_asked_about_images_of_groups_that_it_does_not_serve
 def test_what_is_said_of_a_group_is_the_mean_of_its_images():
     sure_NS = tensor([[0.9, 0.5], [0.9, 0.5], [0.5, 0.9], [NAN, NAN], [0.9, 0.5]]).float()
     facts = replace(of(), group_N=torch.tensor([0, 0, 0, 0, -1]))
-    balancer = balance.cells(cells=facts, measured=measured(sure_NS=sure_NS), by="images", gamma=1.0, tau=1e6)
+    balancer = balance.cells(
+        cells=facts, measured=measured(sure_NS=sure_NS), by="images", gamma=1.0, tau=1e6, temperature=0.04
+    )
     table = LossTable(torch.rand(1, 3), torch.ones(1, 3, dtype=torch.bool))
     rho_BT = balancer.weigh({"q_G": tensor(SHARES)}, table, torch.tensor([0])) * 20
     torch.testing.assert_close(rho_BT[0, [0, 2]], torch.tensor([4.02, 2.04]) / 1.01 / 3)
@@ -414,3 +423,41 @@ def test_weights_stay_between_floor_and_cap_and_keep_their_sum(seed, tau, floor,
         np.testing.assert_allclose(q_G.sum(), SHARES.sum(), rtol=1e-9)
         assert (q_G >= floor * SHARES * (1 - 1e-9)).all()
         assert (q_G <= cap * SHARES * (1 + 1e-9)).all()
+
+
+# ── Borrowing ──
+
+
+def bank():
+    generator = torch.Generator().manual_seed(0)
+    summary = {name: torch.randn(40, width, generator=generator) for name, width in (("x", 3), ("y", 2))}
+    return Bank(torch.arange(40) % 3, summary)
+
+
+LACKS = [[0.9, 0.9], [0.6, 0.9], [0.9, 0.9]]
+
+
+def test_who_borrows_hears_the_teacher_as_much_as_those_who_choose_the_images():
+    sure_NS = tensor([[0.6, 0.9], [0.6, 0.9]]).float()
+    facts = replace(of(), group_N=torch.tensor([1, 0]))
+    known = measured(right_GS=LACKS, sure_NS=sure_NS, bank=bank())
+    table = LossTable(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), row_B=torch.tensor([0, 1]))
+    for by, of_lender in (("labels", 1.0), ("images", math.exp(-0.3 / 0.15))):
+        balancer = balance.cells(cells=facts, measured=known, by=by)
+        w_BT = balancer.weigh(balancer.init(), table, torch.tensor([1, 0]))
+        assert float(w_BT[0, 0] / w_BT[0, 2]) == pytest.approx(1)
+        assert float(w_BT[1, 0] / w_BT[1, 2]) == pytest.approx(of_lender)
+        told = balancer.lend(bank().summary, bank().group_M)
+        assert (told["x"] != bank().summary["x"]).any(1).tolist() == [group == 1 for group in bank().group_M]
+
+
+def test_nothing_is_borrowed_without_a_bank_or_where_it_is_not_asked_for():
+    for known, options in (
+        (measured(right_GS=LACKS), {}),
+        (measured(right_GS=LACKS, bank=bank()), {"borrow": 0}),
+        (measured(right_GS=[[0.9, 0.9]] * 3, bank=bank()), {}),
+    ):
+        assert balance.cells(cells=of(), measured=known, **options).lend is None
+    served = [[True, True, True], [False, False, True], [True, True, True]]
+    known = measured(right_GS=LACKS, bank=bank())
+    assert balance.cells(cells=of(served=served), measured=known).lend is None

@@ -1,0 +1,114 @@
+"""What a teacher would say to a group that it does not know, from images that are alike in groups that it knows.
+
+A teacher that reads a group poorly teaches it nothing, and to ignore it there leaves the student without a common
+measure for both: whatever reads the student's features learns from the majority, and expects the others in the same
+place. So the target is borrowed. The teachers that do know the group say which images of other groups are like this
+one, and the target is the mean of what the first teacher says of those: regression by nearest neighbours, from the
+features of some teachers to those of another. No label takes part but those by which reliability was measured.
+
+Shape suffixes: B batch, M images of the bank, L of these that lend, N nearest ones, K features by which images are
+compared, D features of the summary that is lent, G groups, S teachers, X groups or images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# How far below the best teacher of a group, in AUROC, one still knows it; and how far above chance that best one is
+# (2·AUROC − 1), or nobody knows it.
+CLOSE, SKILLED = 0.05, 0.2
+
+Lend = Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]  # see `lender`
+
+
+class Bank(NamedTuple):
+    """Train images that may lend: their group (M, −1 not known), and the summary (M, D) of each teacher."""
+
+    group_M: Tensor
+    summary: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> Bank:
+        return Bank(self.group_M.to(device), {name: one_MD.to(device) for name, one_MD in self.summary.items()})
+
+
+class Loan(NamedTuple):
+    """`teacher` does not know the groups `to`, knows the groups `of`, and `by` are the teachers that know `to`."""
+
+    teacher: int
+    by: tuple[int, ...]
+    of: tuple[int, ...]
+    to: tuple[int, ...]
+
+
+def loans(right_GS: Tensor, served_GS: Tensor) -> list[Loan]:
+    """Who borrows, by AUROC in each group (NaN not known); teachers that do not serve a group (bool) have no part.
+
+    Deterministic, and independent of the order of teachers but for the numbers that stand for them.
+    """
+    right_GS = torch.where(served_GS, right_GS, torch.nan)
+    best_G1 = right_GS.nan_to_num(-1.0).amax(1, keepdim=True)
+    knows_GS = (right_GS >= best_G1 - CLOSE) & (2 * best_G1 - 1 >= SKILLED)
+    lacks_GS = (right_GS < best_G1 - CLOSE) & knows_GS.any(1, keepdim=True)
+    found: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for group, teacher in torch.nonzero(lacks_GS).tolist():
+        by = tuple(torch.nonzero(knows_GS[group])[:, 0].tolist())
+        found.setdefault((teacher, by), []).append(group)
+    return [
+        Loan(teacher, by, tuple(torch.nonzero(knows_GS[:, teacher])[:, 0].tolist()), tuple(to))
+        for (teacher, by), to in found.items()
+        if knows_GS[:, teacher].any()
+    ]
+
+
+def reliable(right_XS: Tensor, group_X: Tensor, given: Sequence[Loan]) -> Tensor:
+    """How reliable teachers are (X × S), of groups or of images of these groups, once targets are borrowed: as those
+    are who choose the images, on average."""
+    found_XS = right_XS.clone()
+    for loan in given:
+        chosen_X = right_XS[:, list(loan.by)].mean(1)
+        found_XS[:, loan.teacher] = torch.where(among(group_X, loan.to), chosen_X, found_XS[:, loan.teacher])
+    return found_XS
+
+
+def among(group_X: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """Which are of some groups (bool)."""
+    return (group_X[..., None] == torch.tensor(groups, device=group_X.device)).any(-1)
+
+
+def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours: int) -> Lend:
+    """What takes summaries (B, D) by teacher and groups (B) to the same summaries with borrowed ones in their places.
+
+    Distances are Euclidean, between the summaries of the teachers that choose, each centred and scaled to a total
+    variance of 1 over the bank. Of few images not all are near: there are at most √L neighbours of L that lend, and
+    where there is none, images keep what the teacher says of them. No host sync.
+    """
+    mean = {name: one_MD.mean(0) for name, one_MD in bank.summary.items()}
+    scale = {name: one_MD.var(0).sum().sqrt().clamp(min=1e-12) for name, one_MD in bank.summary.items()}
+
+    def keys(summary: Mapping[str, Tensor], by: tuple[int, ...], rows: Tensor | slice) -> Tensor:
+        chosen = [(names[one], summary[names[one]][rows].float()) for one in by]
+        return torch.cat([(one_BD - mean[name]) / scale[name] for name, one_BD in chosen], 1)
+
+    terms: list[tuple[Loan, Tensor, Tensor, Tensor]] = []
+    for loan in given:
+        rows_L = torch.nonzero(among(bank.group_M, loan.of))[:, 0]
+        if len(rows_L):
+            lent_LD, to = bank.summary[names[loan.teacher]][rows_L], torch.tensor(loan.to, device=rows_L.device)
+            terms.append((loan, keys(bank.summary, loan.by, rows_L), lent_LD, to))
+
+    def lend(summary: Mapping[str, Tensor], group_B: Tensor) -> dict[str, Tensor]:
+        told = dict(summary)
+        for loan, keys_LK, lent_LD, to in terms:
+            away_BL = torch.cdist(keys(summary, loan.by, slice(None)), keys_LK)
+            nearest_BN = away_BL.topk(min(neighbours, math.isqrt(len(lent_LD))), largest=False).indices
+            borrowed_BD = lent_LD[nearest_BN].mean(1)
+            name, borrows_B1 = names[loan.teacher], (group_B[:, None] == to).any(1, keepdim=True)
+            told[name] = torch.where(borrows_B1, borrowed_BD.to(told[name].dtype), told[name])
+        return told
+
+    return lend
