@@ -157,7 +157,7 @@ def _option(run: Run, name: str) -> Any:
 
 
 def _borrows(run: Run) -> bool:
-    return bool(_option(run, "borrow") and run.job.loss.summary_weight)
+    return bool(_option(run, "borrow") and _option(run, "by") != "views" and run.job.loss.summary_weight)
 
 
 def _bank(run: Run, surveyed: Survey) -> Bank | None:

@@ -126,8 +126,10 @@ METHODS = {
     "cells, by labels": Method(LABELS),
     "cells, by views": Method(partial(CELLS, by="views")),
     "cells, fed back twice": Method(CELLS, stages=3),
-    "cells, reliability alone": Method(partial(CELLS, tau=1e6)),
-    "cells, tilt alone": Method(partial(LABELS, temperature=1e6)),
+    "cells, borrowing alone": Method(partial(LABELS, tau=1e6, temperature=1e6)),
+    "cells, nothing borrowed": Method(OWN),
+    "cells, reliability alone": Method(partial(OWN, tau=1e6)),
+    "cells, tilt alone": Method(partial(OWN, by="labels", temperature=1e6)),
     "cells + MFD": Method(CELLS, mfd=0.1),
     "views": Method(balance.uniform, seen=ANY),
     "views + cells": Method(CELLS, seen=ANY),
@@ -142,12 +144,12 @@ OURS = ("cells", "cells + MFD")
 GRID = {
     "uniform": Method(balance.uniform),
     **{f"cells, τ = {tau}": Method(partial(CELLS, tau=tau)) for tau in (0.2, 0.3, 0.5)},
-    **{f"cells, neighbours = {number}": Method(partial(CELLS, borrow=number)) for number in (10, 100)},
+    **{f"cells, neighbours = {number}": Method(partial(CELLS, borrow=number)) for number in (10, 90)},
     **{f"cells + MFD, weight {weight}": Method(CELLS, mfd=weight) for weight in (0.03, 0.1)},
     **{f"MFD, weight {weight}": Method(balance.uniform, mfd=weight) for weight in (0.03, 0.1, 0.3)},
-    **{f"cells, nothing borrowed, τ = {tau}": Method(partial(OWN, tau=tau)) for tau in (0.3, 0.5, 0.8)},
-    **{f"cells, by labels, τ = {tau}": Method(partial(LABELS, tau=tau)) for tau in (0.2, 0.3, 0.5)},
-    **{f"inverse frequency, power {power}": Method(partial(INVERSE, power=power)) for power in (0.25, 0.5, 1)},
+    "cells, nothing borrowed": Method(OWN),
+    **{f"cells, by labels, τ = {tau}": Method(partial(LABELS, tau=tau)) for tau in (0.3, 0.5)},
+    **{f"inverse frequency, power {power}": Method(partial(INVERSE, power=power)) for power in (0.25, 0.5)},
     **{f"resampling by group, power {power}": Method(balance.uniform, resample=power) for power in (0.25, 0.5)},
     **{f"UNIC dropping, p = {p}": Method(partial(balance.teacher_dropping, p=p)) for p in (0.25, 0.5)},
 }
@@ -323,7 +325,7 @@ class Lesson:
     def known(self, balancer: Callable[..., Balancer]) -> Measured:
         """What is measured for a balancer that asks for it."""
         by, borrow = (option(balancer, name) for name in ("by", "borrow"))
-        scored = self.probes.scored
+        borrow, scored = 0 if by == "views" else borrow, self.probes.scored
         found = self.once("known", borrow, make=lambda: measured(self.m, self.affines, self.goal, scored, borrow))
         if by != "images":
             return found

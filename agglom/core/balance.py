@@ -17,7 +17,6 @@ from torch import Tensor
 
 from agglom.core import borrowing
 from agglom.core.cells import (
-    SKILLED,
     UNSKILLED,
     Measured,
     excess,
@@ -84,7 +83,7 @@ def cells(
 
     - the summary of a teacher whose AUROC in the group is clearly below the best is the mean of what it says of the
       `borrow` images of other groups that are most alike to those who know the group (`core.borrowing`); it then counts
-      as much as these do. 0: nothing is borrowed.
+      as much as these do. Nothing is borrowed with 0, or `by` views.
 
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
     a step keeps its weight, and the others share theirs. A sample without annotation has q = p and, where it has none
@@ -105,7 +104,8 @@ def cells(
         borrow=(borrow, borrow >= 0, "≥ 0"),
     )
     share_G, served_GS = cells.share_G.double(), cells.served_GS
-    loans = borrowing.loans(measured.right_GS, served_GS) if borrow and measured.bank is not None else []
+    borrows = borrow and by != "views" and measured.bank is not None
+    loans = borrowing.loans(measured.right_GS, served_GS) if borrows else []
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
     static_T = torch.ones_like(cells.teacher_T) if cells.static_T is None else cells.static_T
     speaks_GG, follow = speakers(cells.groups, count_G, support), following(cells, ema)
@@ -116,7 +116,7 @@ def cells(
         kept_GS, kept_S = steadiness(measured.noise_GT, measured.spread_GT, cells.teacher_T)
         rho_GS, rho_S = shares(kept_GS, served_GS), shares(kept_S[None], served_GS.any(0)[None])[0]
     best_G, lag_G = standing(measured, served_GS)
-    skilled_G = (best_G / SKILLED).clamp(UNSKILLED, 1).nan_to_num(1.0)
+    skilled_G = (best_G / borrowing.SKILLED).clamp(UNSKILLED, 1).nan_to_num(1.0)
     log_G = gamma * share_G.log() + skilled_G.log() + lag_G / tau
     sure_NS = measured.sure_NS if by == "images" else None
     if sure_NS is not None and cells.group_N is not None:

@@ -1,10 +1,10 @@
 """What a teacher would say to a group that it does not know, from images that are alike in groups that it knows.
 
-A teacher that reads a group poorly teaches it nothing, and to ignore it there leaves the student without a common
-measure for both: whatever reads the student's features learns from the majority, and expects the others in the same
-place. So the target is borrowed. The teachers that do know the group say which images of other groups are like this
-one, and the target is the mean of what the first teacher says of those: regression by nearest neighbours, from the
-features of some teachers to those of another. No label takes part but those by which reliability was measured.
+A teacher that reads a group poorly teaches it nothing, and where it is merely weighed down there, the student is not
+told what images of the group have in common with those of others in the eyes of that teacher. So the target is
+borrowed. The teachers that do know the group say which images of other groups are most like this one, and the target is
+the mean of what the first teacher says of those: regression by nearest neighbours, from the features of some teachers
+to those of another. Labels take part only in that reliability was measured by them.
 
 Shape suffixes: B batch, M images of the bank, L of these that lend, N nearest ones, K features by which images are
 compared, D features of the summary that is lent, G groups, S teachers, X groups or images.
@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# How far below the best teacher of a group, in AUROC, one still knows it; and how far above chance that best one is
-# (2·AUROC − 1), or nobody knows it.
-CLOSE, SKILLED = 0.05, 0.2
+# How far below the best teacher of a group, in AUROC, one still knows it.
+CLOSE = 0.05
+# Below this skill (2·AUROC − 1) of its best teacher nobody has shown that a group can be taught.
+SKILLED = 0.2
 
 Lend = Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]  # see `lender`
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from agglom.core.borrowing import Bank
 
-# Below this skill of its best teacher nobody has shown that a group can be taught; it then counts less, and at least
-# UNSKILLED of what it would: few patients do not show the contrary either.
-SKILLED, UNSKILLED = 0.2, 0.25
+# A group of which nobody has shown that it can be taught (`borrowing.SKILLED`) counts less, and at least this much of
+# what it would: few patients do not show the contrary either.
+UNSKILLED = 0.25
 # The most that the AUROC of groups is believed to differ, as a standard deviation.
 APART = 0.1
 # The least that a teacher weighs, relative to the best of a group.

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agglom.core import balance
-from agglom.core.borrowing import Bank
+from agglom.core.borrowing import SKILLED, Bank
 from agglom.core.cells import (
     APART,
     FOLLOWED,
-    SKILLED,
     UNSKILLED,
     Measured,
     excess,
@@ -455,6 +454,7 @@ def test_nothing_is_borrowed_without_a_bank_or_where_it_is_not_asked_for():
     for known, options in (
         (measured(right_GS=LACKS), {}),
         (measured(right_GS=LACKS, bank=bank()), {"borrow": 0}),
+        (measured(right_GS=LACKS, bank=bank()), {"by": "views"}),
         (measured(right_GS=[[0.9, 0.9]] * 3, bank=bank()), {}),
     ):
         assert balance.cells(cells=of(), measured=known, **options).lend is None
