@@ -98,7 +98,7 @@ def _borrowed(run: Run, stage: str, right_GS: Tensor) -> list[dict[str, Any]]:
         return []
     names, values = teachers(run), run.balance_space.values
     (active,) = (one.teachers for one in run.plan.stages if one.name == stage)
-    served_GS = served(run) & torch.tensor([name in active for name in names])
+    taking_part_S = torch.tensor([name in active and name not in run.served for name in names])
     return [
         {
             "teacher": names[loan.teacher],
@@ -106,7 +106,7 @@ def _borrowed(run: Run, stage: str, right_GS: Tensor) -> list[dict[str, Any]]:
             "by": [names[one] for one in loan.by],
             "of": [values[group] for group in loan.of],
         }
-        for loan in borrowing.loans(right_GS, served_GS)
+        for loan in borrowing.loans(right_GS, served(run) & taking_part_S)
     ]
 
 
@@ -146,7 +146,7 @@ def _of_teachers(
     known = cast(dict[str, Tensor], run.world.broadcast(run.world.on_main(read)))
     names, lend = tuple(teachers(run)), None
     if bank is not None:
-        loans = borrowing.loans(known["right_GS"], served(run))
+        loans = borrowing.loans(known["right_GS"], borrowing.taking_part(served(run), names, bank))
         lend = borrowing.lender(loans, names, bank.to(run.world.device), _option(run, "borrow"))
     noise_GT, spread_GT = floors(run, normalisers, lend)
     return known | {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
@@ -161,11 +161,14 @@ def _borrows(run: Run) -> bool:
 
 
 def _bank(run: Run, surveyed: Survey) -> Bank | None:
-    """The train images of the survey, from which targets of summaries may be borrowed; None where none are."""
+    """The train images of the survey, from which targets of summaries may be borrowed; None where none are.
+
+    A specialist is not among the teachers: whom it serves may be another matter than the groups that are weighed.
+    """
     if not _borrows(run):
         return None
     train_N = torch.as_tensor(run.manifest.split_N[surveyed.rows_N] == "train")
-    pools = {name: surveyed.pools[name].summary_ND for name in teachers(run)}
+    pools = {name: surveyed.pools[name].summary_ND for name in teachers(run) if name not in run.served}
     summary = {name: one_ND[train_N] for name, one_ND in pools.items() if one_ND is not None}
     return Bank(run.balance_space.index_N[torch.as_tensor(surveyed.rows_N)][train_N], summary)
 

@@ -104,8 +104,9 @@ def cells(
         borrow=(borrow, borrow >= 0, "≥ 0"),
     )
     share_G, served_GS = cells.share_G.double(), cells.served_GS
-    borrows = borrow and by != "views" and measured.bank is not None
-    loans = borrowing.loans(measured.right_GS, served_GS) if borrows else []
+    bank, loans = measured.bank if borrow and by != "views" else None, list[borrowing.Loan]()
+    if bank is not None:
+        loans = borrowing.loans(measured.right_GS, borrowing.taking_part(served_GS, cells.teachers, bank))
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
     static_T = torch.ones_like(cells.teacher_T) if cells.static_T is None else cells.static_T
     speaks_GG, follow = speakers(cells.groups, count_G, support), following(cells, ema)
@@ -125,7 +126,7 @@ def cells(
             listening(sure_NS, served_GS[cells.group_N.clamp(min=0)], temperature), cells.group_N, rho_GS
         )
     weigh_groups = by_group(cells)
-    lend = borrowing.lender(loans, cells.teachers, measured.bank, borrow) if loans and measured.bank else None
+    lend = borrowing.lender(loans, cells.teachers, bank, borrow) if bank is not None and loans else None
 
     def tempered(log_G: Tensor, here_G: Tensor, mass: Tensor) -> Tensor:
         """exp(log_G), scaled to `mass` between floor and cap; a mixture with uniform keeps all above the floor."""

@@ -28,7 +28,7 @@ Lend = Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]  # see `lende
 
 
 class Bank(NamedTuple):
-    """Train images that may lend: their group (M, −1 not known), and the summary (M, D) of each teacher."""
+    """Train images that may lend: their group (M, −1 not known), and the summary (M, D) of each teacher that has one."""
 
     group_M: Tensor
     summary: dict[str, Tensor]
@@ -46,12 +46,9 @@ class Loan(NamedTuple):
     to: tuple[int, ...]
 
 
-def loans(right_GS: Tensor, served_GS: Tensor) -> list[Loan]:
-    """Who borrows, by AUROC in each group (NaN not known); teachers that do not serve a group (bool) have no part.
-
-    Deterministic, and independent of the order of teachers but for the numbers that stand for them.
-    """
-    right_GS = torch.where(served_GS, right_GS, torch.nan)
+def loans(right_GS: Tensor, taking_part_GS: Tensor) -> list[Loan]:
+    """Who borrows, by AUROC in each group (NaN not known), among the teachers that take part in a group (bool)."""
+    right_GS = torch.where(taking_part_GS, right_GS, torch.nan)
     best_G1 = right_GS.nan_to_num(-1.0).amax(1, keepdim=True)
     knows_GS = (right_GS >= best_G1 - CLOSE) & (2 * best_G1 - 1 >= SKILLED)
     lacks_GS = (right_GS < best_G1 - CLOSE) & knows_GS.any(1, keepdim=True)
@@ -64,6 +61,11 @@ def loans(right_GS: Tensor, served_GS: Tensor) -> list[Loan]:
         for (teacher, by), to in found.items()
         if knows_GS[:, teacher].any()
     ]
+
+
+def taking_part(served_GS: Tensor, names: Sequence[str], bank: Bank) -> Tensor:
+    """Who may lend, choose or borrow in a group (bool): of those that serve it, those that are in the bank."""
+    return served_GS & torch.tensor([name in bank.summary for name in names], device=served_GS.device)
 
 
 def reliable(right_XS: Tensor, group_X: Tensor, given: Sequence[Loan]) -> Tensor:

@@ -94,7 +94,7 @@ def test_images_of_a_group_hear_teachers_by_how_sure_these_are_of_them(lab, monk
 def test_a_group_borrows_what_a_teacher_does_not_know_of_it(lab, stop_at, monkeypatch):
     """B asks two which images of A are like its own, for what one says of them; and so it does after a resume."""
     loan = borrowing.Loan(teacher=1, by=(2,), of=(0,), to=(1,))
-    monkeypatch.setattr(borrowing, "loans", lambda right_GS, served_GS: [loan])
+    monkeypatch.setattr(borrowing, "loans", lambda right_GS, taking_part_GS: [loan])
     seen, real = [], losses.table
 
     def table(columns, predicted, wanted, present, **more):

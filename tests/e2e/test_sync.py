@@ -136,7 +136,7 @@ def test_no_step_waits_for_a_value(lab, watch, monkeypatch, kind):
 
     monkeypatch.setattr(train, "train", watched)
     loan = borrowing.Loan(teacher=2, by=(3,), of=(0,), to=(1,))  # among fair, local, one and two
-    monkeypatch.setattr(borrowing, "loans", lambda right_GS, served_GS: [loan])
+    monkeypatch.setattr(borrowing, "loans", lambda right_GS, taking_part_GS: [loan])
     views = {"kinds": {"blur": 1.0, "inversion": 1.0}, "groups": {"device": ["A"]}}
     stages = [stage | {"length": "2 steps", "views": views} for stage in lab.job()["stages"]]
     lab.run("out", BUSY | BALANCERS[kind] | {"stages": stages})

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsRegressor
 
-from agglom.core.borrowing import Bank, Loan, lender, loans, reliable
+from agglom.core.borrowing import Bank, Loan, lender, loans, reliable, taking_part
 
 NAMES = ("a", "b", "c")
 
@@ -49,7 +49,7 @@ def test_nobody_borrows(right):
     assert loans(auroc(right), everybody(auroc(right))) == []
 
 
-def test_who_does_not_serve_a_group_has_no_part_in_it():
+def test_who_does_not_serve_a_group_or_is_not_in_the_bank_has_no_part_in_it():
     right_GS = auroc([[0.99, 0.97, 0.98], [0.80, 0.95, 0.94]])
     served_GS = everybody(right_GS)
     served_GS[1, 0] = False
@@ -57,6 +57,8 @@ def test_who_does_not_serve_a_group_has_no_part_in_it():
     served_GS = everybody(right_GS)
     served_GS[1, 2] = False
     assert loans(right_GS, served_GS) == [Loan(0, (1,), (0,), (1,))]
+    some = bank()._replace(summary={name: bank().summary[name] for name in ("a", "b")})
+    assert loans(right_GS, taking_part(everybody(right_GS), NAMES, some)) == [Loan(0, (1,), (0,), (1,))]
 
 
 @given(st.lists(st.lists(st.floats(0.3, 1), min_size=3, max_size=3), min_size=1, max_size=6))
