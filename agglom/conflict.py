@@ -76,7 +76,7 @@ def correlations(loss_MT: Tensor, valid_MT: Tensor, method: Literal["pearson", "
 
 
 class _Targets:
-    """What the student is asked for on the held-out sample, as the survey of the teachers has stored it."""
+    """What teachers say of the held-out sample, as the survey has stored it: nothing is borrowed here."""
 
     def __init__(
         self, run: Run, surveyed: Survey, normalisers: Mapping[str, Normaliser], columns: tuple[Column, ...]

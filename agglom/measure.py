@@ -24,7 +24,7 @@ from torch import Tensor
 from agglom import confidence, plugins, scores, targets
 from agglom.assemble import Run, batches
 from agglom.core import borrowing, cells, groups, losses, metrics
-from agglom.core.borrowing import Bank, Lend
+from agglom.core.borrowing import Bank, Lend, Loan
 from agglom.core.cells import Measured
 from agglom.core.types import Features
 from agglom.errors import CacheError
@@ -56,17 +56,20 @@ def before(
     if not wanted(run):
         return None
     world, stored = run.world, partial(_stored, run, identity=run.trained)
-    bank = world.broadcast(world.on_main(lambda: _bank(run, cast(Survey, surveyed))))
     known = world.broadcast(world.on_main(lambda: stored(stage)))
+    bank: Bank | None = None
     if known is None:
-        # Teachers are frozen: what was measured before the first stage holds for all.
-        frozen = world.broadcast(world.on_main(lambda: stored(run.plan.stages[0].name)))
-        if frozen is None:
-            frozen = _of_teachers(run, last, normalisers, surveyed, bank)
-        known = frozen | world.broadcast(world.on_main(lambda: _of_student(run, last)) or {})
+        # Teachers are frozen: what was measured before the first stage holds for all, but for what is borrowed.
+        first = run.plan.stages[0].name
+        known = world.broadcast(world.on_main(lambda: stored(first))) or _of_teachers(run, last, surveyed)
+        if "noise_GT" not in known or _loans(run, stage, known) != _loans(run, first, known):
+            bank = _bank(run, stage, known, surveyed)
+            known |= _floors(run, stage, known, bank, normalisers)
+        known |= world.broadcast(world.on_main(lambda: _of_student(run, last)) or {})
         world.on_main(lambda: _save(run, stage, known))
     here = {one.name: known[one.name].to(world.device) for one in fields(Measured) if one.name in known}
-    return Measured(**here, bank=bank.to(world.device) if bank else None)
+    bank = bank or _bank(run, stage, known, surveyed)
+    return Measured(**here, loans=_loans(run, stage, known), bank=bank)
 
 
 def reasons(run: Run, stage: str) -> dict[str, Any] | None:
@@ -88,17 +91,13 @@ def reasons(run: Run, stage: str) -> dict[str, Any] | None:
         "right": right_GS.tolist() if by_images else None,
         "student": known["student_G"].tolist(),
         "noise": torch.where(known["noise_GT"].any(1, keepdim=True), 1 - steady_GS, torch.nan).tolist(),
-        "borrowed": _borrowed(run, stage, known["right_GS"]),
+        "borrowed": _borrowed(run, stage, known),
     }
 
 
-def _borrowed(run: Run, stage: str, right_GS: Tensor) -> list[dict[str, Any]]:
+def _borrowed(run: Run, stage: str, known: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Who borrows what in a stage, by name."""
-    if not _borrows(run):
-        return []
     names, values = teachers(run), run.balance_space.values
-    (active,) = (one.teachers for one in run.plan.stages if one.name == stage)
-    taking_part_S = torch.tensor([name in active and name not in run.served for name in names])
     return [
         {
             "teacher": names[loan.teacher],
@@ -106,7 +105,7 @@ def _borrowed(run: Run, stage: str, right_GS: Tensor) -> list[dict[str, Any]]:
             "by": [names[one] for one in loan.by],
             "of": [values[group] for group in loan.of],
         }
-        for loan in borrowing.loans(right_GS, served(run) & taking_part_S)
+        for loan in _loans(run, stage, known)
     ]
 
 
@@ -129,59 +128,68 @@ def _save(run: Run, stage: str, known: Mapping[str, Tensor]) -> None:
     beside.replace(path)
 
 
-def _of_teachers(
-    run: Run, last: str, normalisers: Mapping[str, Normaliser], surveyed: Survey | None, bank: Bank | None
-) -> dict[str, Tensor]:
-    """What does not change in a run: the numbers of rank 0, which a resumed run reads, on every rank."""
+def _of_teachers(run: Run, last: str, surveyed: Survey | None) -> dict[str, Tensor]:
+    """How reliable they are: the numbers of rank 0, which a resumed run reads, on every rank."""
 
     def read() -> dict[str, Tensor]:
-        names = teachers(run)
+        names, (_, group_M) = teachers(run), _lending(run, cast(Survey, surveyed))
         found = of_scores(run, _scores(run, last), [f"teacher/{name}" for name in names])
         known = {"right_GS": found.shrunk_GP, "right_S": found.pooled_P, "raw_GS": found.raw_GP}
+        known["lends_G"] = torch.bincount(group_M[group_M >= 0], minlength=len(run.balance_space.values))
         known |= {"patients_G": found.patients_G, "least": torch.tensor(run.job.data.min_support)}
         if _option(run, "by") == "images":
             known["sure_NS"] = confidence.measure(run, cast(Survey, surveyed), names)
         return known
 
-    known = cast(dict[str, Tensor], run.world.broadcast(run.world.on_main(read)))
-    names, lend = tuple(teachers(run)), None
-    if bank is not None:
-        loans = borrowing.loans(known["right_GS"], borrowing.taking_part(served(run), names, bank))
-        lend = borrowing.lender(loans, names, bank.to(run.world.device), _option(run, "borrow"))
-    noise_GT, spread_GT = floors(run, normalisers, lend)
-    return known | {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
+    return cast(dict[str, Tensor], run.world.broadcast(run.world.on_main(read)))
 
 
 def _option(run: Run, name: str) -> Any:
     return plugins.given(run.job.balance.kind, "balancers", run.job.balance.options, name)
 
 
-def _borrows(run: Run) -> bool:
-    return bool(_option(run, "borrow") and _option(run, "by") != "views" and run.job.loss.summary_weight)
-
-
-def _bank(run: Run, surveyed: Survey) -> Bank | None:
-    """The train images of the survey, from which targets of summaries may be borrowed; None where none are.
-
-    A specialist is not among the teachers: whom it serves may be another matter than the groups that are weighed.
-    """
-    if not _borrows(run):
-        return None
+def _lending(run: Run, surveyed: Survey) -> tuple[Tensor, Tensor]:
+    """Which rows of the survey may lend, those of train (bool), and their groups."""
     train_N = torch.as_tensor(run.manifest.split_N[surveyed.rows_N] == "train")
-    pools = {name: surveyed.pools[name].summary_ND for name in teachers(run) if name not in run.served}
-    summary = {name: one_ND[train_N] for name, one_ND in pools.items() if one_ND is not None}
-    return Bank(run.balance_space.index_N[torch.as_tensor(surveyed.rows_N)][train_N], summary)
+    return train_N, run.balance_space.index_N[torch.as_tensor(surveyed.rows_N)][train_N]
 
 
-def served(run: Run) -> Tensor:
-    """Groups × teachers of the loss table (bool): who serves any train image of a group."""
-    space, train_N = run.balance_space, torch.as_tensor(run.manifest.rows("train"))
-    served_GS = torch.ones(len(space.values), len(teachers(run)), dtype=torch.bool)
-    for index, name in enumerate(teachers(run)):
-        if name in run.served:
-            group_N = space.index_N[train_N][run.served[name][train_N]]
-            served_GS[:, index] = torch.bincount(group_N[group_N >= 0], minlength=len(space.values)) > 0
-    return served_GS
+def _loans(run: Run, stage: str, known: Mapping[str, Tensor]) -> tuple[Loan, ...]:
+    """What is borrowed in a stage, among its teachers, by groups of enough patients to be judged by themselves.
+
+    A specialist has no part: whom it serves may be another matter than the groups that are weighed.
+    """
+    if not (_option(run, "borrow") or 0) > 0 or _option(run, "by") == "views" or not run.job.loss.summary_weight:
+        return ()
+    (active,) = (one.teachers for one in run.plan.stages if one.name == stage)
+    taking_part_S = torch.tensor([name in active and name not in run.served for name in teachers(run)])
+    judged_G1 = (known["patients_G"] >= known["least"])[:, None]
+    return borrowing.loans(known["right_GS"], judged_G1 & taking_part_S, known["lends_G"])
+
+
+def _bank(run: Run, stage: str, known: Mapping[str, Tensor], surveyed: Survey | None) -> Bank | None:
+    """What the loans of a stage are taken from, on every rank and its device. A collective where there are any."""
+    given, names = _loans(run, stage, known), teachers(run)
+    if not given:
+        return None
+
+    def read() -> Bank:
+        pools = cast(Survey, surveyed).pools
+        train_N, group_M = _lending(run, cast(Survey, surveyed))
+        asked = {names[one] for loan in given for one in (loan.teacher, *loan.by)}
+        return Bank(group_M, {name: cast(Tensor, pools[name].summary_ND)[train_N] for name in sorted(asked)})
+
+    return cast(Bank, run.world.broadcast(run.world.on_main(read))).to(run.world.device)
+
+
+def _floors(
+    run: Run, stage: str, known: Mapping[str, Tensor], bank: Bank | None, normalisers: Mapping[str, Normaliser]
+) -> dict[str, Tensor]:
+    lend = None
+    if bank is not None:
+        lend = borrowing.lender(_loans(run, stage, known), tuple(teachers(run)), bank, _option(run, "borrow"))
+    noise_GT, spread_GT = floors(run, normalisers, lend)
+    return {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
 
 
 def _of_student(run: Run, last: str) -> dict[str, Tensor]:

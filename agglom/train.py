@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from agglom import checkpoints, measure, plugins, progress, targets
+from agglom import checkpoints, plugins, progress, targets
 from agglom.assemble import Run
 from agglom.checkpoints import State
 from agglom.core import groups, losses, schedule
@@ -300,6 +300,7 @@ def balancer(run: Run, stage: ResolvedStage, measured: Measured | None) -> Balan
         tuple(dict.fromkeys(column.teacher for column in run.columns)),
         count_G.to(run.world.device),
         run.balance_space.index_N.to(run.world.device),
+        torch.tensor([column.kind == "summary" for column in run.columns], device=run.world.device),
     )
     options = run.job.balance.options
     return plugins.build(run.job.balance.kind, "balancers", options, cells=cells, measured=measured)
@@ -307,8 +308,15 @@ def balancer(run: Run, stage: ResolvedStage, measured: Measured | None) -> Balan
 
 def _served_cells(run: Run, stage: ResolvedStage) -> Tensor:
     """Groups × columns (bool): whether the column's teacher is of the stage and serves any train image of the group."""
-    of_stage_T = torch.tensor([column.teacher in stage.teachers for column in run.columns])
-    return measure.served(run)[:, losses.teacher_index(run.columns)] & of_stage_T
+    space, train_N = run.balance_space, torch.as_tensor(run.manifest.rows("train"))
+    served_GT = torch.ones(len(space.values), len(run.columns), dtype=torch.bool)
+    for index, column in enumerate(run.columns):
+        if column.teacher not in stage.teachers:
+            served_GT[:, index] = False
+        elif column.teacher in run.served:
+            group_N = space.index_N[train_N][run.served[column.teacher][train_N]]
+            served_GT[:, index] = torch.bincount(group_N[group_N >= 0], minlength=len(space.values)) > 0
+    return served_GT
 
 
 def initial(run: Run, balancer: Balancer) -> State:

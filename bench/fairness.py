@@ -223,9 +223,12 @@ def measured(
     noise_GT, spread_GT = (torch.zeros(len(m.values), len(m.raw), dtype=torch.float64) for _ in range(2))
     clean = {name: one_ND[twin_M] for name, one_ND in goal.items()}
     twin = {name: normalise.apply(affine, m.twin_raw[name][known_M]) for name, affine in affines.items()}
-    bank = Bank(m.seen_N[m.fit], {name: one_ND[m.fit] for name, one_ND in goal.items()})
-    if borrow:
-        loans = borrowing.loans(found.shrunk_GP, torch.ones_like(found.shrunk_GP, dtype=torch.bool))
+    lends_M = m.seen_N[m.fit]
+    bank = Bank(lends_M, {name: one_ND[m.fit] for name, one_ND in goal.items()})
+    judged_GP = (found.patients_G >= LEAST)[:, None].expand_as(found.shrunk_GP)
+    lends_G = torch.bincount(lends_M[(lends_M >= 0) & (lends_M < len(m.values))], minlength=len(m.values))
+    loans = borrowing.loans(found.shrunk_GP, judged_GP, lends_G) if borrow else ()
+    if loans:
         lend = borrowing.lender(loans, tuple(goal), bank, borrow)
         clean, twin = lend(clean, group_M), lend(twin, group_M)
     for column, name in enumerate(goal):
@@ -234,7 +237,9 @@ def measured(
             noise_GT[group, column] = losses.mse(clean[name][mine], twin[name][mine]).mean() / 2
             spread_GT[group, column] = losses.mse(clean[name][mine], clean[name][mine].roll(1, 0)).mean() / 2
     unknown_G = torch.full((len(m.values),), torch.nan, dtype=torch.float64)
-    return Measured(found.shrunk_GP, found.raw_GP, found.pooled_P, unknown_G, noise_GT, spread_GT, bank=bank)
+    return Measured(
+        found.shrunk_GP, found.raw_GP, found.pooled_P, unknown_G, noise_GT, spread_GT, loans=loans, bank=bank
+    )
 
 
 def held_out(m: Material, raw_ND: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -314,7 +319,6 @@ class Lesson:
     def __init__(self, m: Material, probes: Probes) -> None:
         self.m, self.probes, self.affines = m, probes, fitted(m)
         self.goal = {name: normalise.apply(affine, m.raw[name]) for name, affine in self.affines.items()}
-
         self.made: dict[tuple[Any, ...], Any] = {}
 
     def once(self, *key: Any, make: Callable[[], Any]) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import errno
 import os
 import sys
@@ -100,13 +101,20 @@ def run(argv: Sequence[str] | None = None) -> NoReturn:
     status = 1
 
     def end() -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         os._exit(status)
 
     atexit.register(end)  # the first to be registered is the last to be called
     status = main(argv)
     sys.exit(status)
+
+
+def _flush() -> None:
+    """What cannot be written by now is lost, and `main` has told so."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         status = _RUN[arguments.verb](arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is where the shell has closed it
+            sys.stdout.flush()
         return status
     except AgglomError as error:
         return _report(error, arguments.debug)

@@ -10,12 +10,14 @@ Shape suffixes: B batch, T columns of the table, S teachers, G groups.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from agglom.core import borrowing
+from agglom.core.borrowing import Loan
 from agglom.core.cells import (
     UNSKILLED,
     Measured,
@@ -67,8 +69,7 @@ def cells(
     support: int = 30,
     borrow: int = 30,
 ) -> Balancer:
-    """Teachers count by measured reliability, groups by what is left to learn; what a teacher does not know of a group
-    is borrowed.
+    """Teachers count by measured reliability or borrow it, groups by what is left to learn.
 
     A sample i of group g weighs (q_g / p_g)·ρ_{s|i} / B for teacher s, from what is `measured` before a stage:
 
@@ -79,11 +80,10 @@ def cells(
     - q_g ∝ p_g^`gamma` · exp((e_g + lag_g) / `tau`), e_g the excess loss (`core.cells.excess`) as a moving average in
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
       evaluation; a group whose best teacher is less than .2 above chance counts less, to a quarter, so that one that
-      is only noise takes nothing from the others. `floor`·p_g ≤ q_g ≤ `cap`·p_g.
-
+      is only noise takes nothing from the others. `floor`·p_g ≤ q_g ≤ `cap`·p_g;
     - the summary of a teacher whose AUROC in the group is clearly below the best is the mean of what it says of the
       `borrow` images of other groups that are most alike to those who know the group (`core.borrowing`); it then counts
-      as much as these do. Nothing is borrowed with 0, or `by` views.
+      as much as these do, its patches as before. Nothing is borrowed with 0, or `by` views.
 
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
     a step keeps its weight, and the others share theirs. A sample without annotation has q = p and, where it has none
@@ -104,29 +104,35 @@ def cells(
         borrow=(borrow, borrow >= 0, "≥ 0"),
     )
     share_G, served_GS = cells.share_G.double(), cells.served_GS
-    bank, loans = measured.bank if borrow and by != "views" else None, list[borrowing.Loan]()
-    if bank is not None:
-        loans = borrowing.loans(measured.right_GS, borrowing.taking_part(served_GS, cells.teachers, bank))
     count_G = share_G * max(1, cells.rows) if cells.count_G is None else cells.count_G.double()
     static_T = torch.ones_like(cells.teacher_T) if cells.static_T is None else cells.static_T
     speaks_GG, follow = speakers(cells.groups, count_G, support), following(cells, ema)
-    groups = torch.arange(len(share_G), device=share_G.device)
-    rho_GS = reliability(borrowing.reliable(measured.right_GS, groups, loans), served_GS, temperature)
     rho_S = reliability(measured.right_S[None], served_GS.any(0)[None], temperature)[0]
     if by == "views":
         kept_GS, kept_S = steadiness(measured.noise_GT, measured.spread_GT, cells.teacher_T)
-        rho_GS, rho_S = shares(kept_GS, served_GS), shares(kept_S[None], served_GS.any(0)[None])[0]
+        rho_S = shares(kept_S[None], served_GS.any(0)[None])[0]
+
+    def heard(loans: Sequence[Loan]) -> tuple[Tensor, Tensor | None]:
+        """The ρ of each group, and how sure the teachers are of each image, where these loans are given."""
+        if by == "views":
+            return shares(kept_GS, served_GS), None
+        group_G, group_N = torch.arange(len(share_G), device=share_G.device), cells.group_N
+        rho_GS = reliability(borrowing.reliable(measured.right_GS, group_G, loans), served_GS, temperature)
+        if by == "labels" or measured.sure_NS is None or group_N is None:
+            return rho_GS, measured.sure_NS if by == "images" else None
+        sure_NS = borrowing.reliable(measured.sure_NS, group_N, loans)
+        rho_NS = listening(sure_NS, served_GS[group_N.clamp(min=0)], temperature)
+        return on_average(rho_NS, group_N, rho_GS), sure_NS
+
+    loans = measured.loans if borrow and by != "views" else ()
+    lend = borrowing.lender(loans, cells.teachers, measured.bank, borrow) if loans and measured.bank else None
+    own, lent = heard(()), heard(loans)
+    summary_T = torch.ones_like(cells.teacher_T, dtype=torch.bool) if cells.summary_T is None else cells.summary_T
+    rho_GT = torch.where(summary_T, lent[0][:, cells.teacher_T], own[0][:, cells.teacher_T])
     best_G, lag_G = standing(measured, served_GS)
     skilled_G = (best_G / borrowing.SKILLED).clamp(UNSKILLED, 1).nan_to_num(1.0)
     log_G = gamma * share_G.log() + skilled_G.log() + lag_G / tau
-    sure_NS = measured.sure_NS if by == "images" else None
-    if sure_NS is not None and cells.group_N is not None:
-        sure_NS = borrowing.reliable(sure_NS, cells.group_N, loans)
-        rho_GS = on_average(
-            listening(sure_NS, served_GS[cells.group_N.clamp(min=0)], temperature), cells.group_N, rho_GS
-        )
     weigh_groups = by_group(cells)
-    lend = borrowing.lender(loans, cells.teachers, bank, borrow) if bank is not None and loans else None
 
     def tempered(log_G: Tensor, here_G: Tensor, mass: Tensor) -> Tensor:
         """exp(log_G), scaled to `mass` between floor and cap; a mixture with uniform keeps all above the floor."""
@@ -142,6 +148,12 @@ def cells(
         return unmoved(cells) | {"q_G": tempered(log_G, share_G > 0, share_G.sum())}
 
     def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        own_BT, lent_BT = (rho(*one, table, group_B)[:, cells.teacher_T] for one in (own, lent))
+        rho_BT = torch.where(summary_T, lent_BT, own_BT)
+        return weigh_groups(state, table, group_B) * rho_BT.to(table.loss_BT.dtype)
+
+    def rho(rho_GS: Tensor, sure_NS: Tensor | None, table: LossTable, group_B: Tensor) -> Tensor:
+        """ρ of the images of a batch and the teachers."""
         rho_BS = torch.where(group_B[:, None] < 0, rho_S, rho_GS[group_B.clamp(min=0)])
         zeros_BS = torch.zeros_like(rho_BS)
         taught_BS = zeros_BS.index_add(1, cells.teacher_T, table.valid_BT.to(zeros_BS)) > 0
@@ -149,13 +161,13 @@ def cells(
             own_BS = listening(sure_NS[table.row_B], taught_BS, temperature)
             rho_BS = torch.where(own_BS.isnan(), rho_BS, own_BS)
         # Whoever teaches an image: it counts as much as under uniform weights.
-        rho_BS = torch.where(taught_BS.any(1, keepdim=True), shares(rho_BS, taught_BS), rho_BS)
-        return weigh_groups(state, table, group_B) * rho_BS.to(table.loss_BT.dtype)[:, cells.teacher_T]
+        return torch.where(taught_BS.any(1, keepdim=True), shares(rho_BS, taught_BS), rho_BS)
 
     def update(state: State, stats: CellStats) -> State:
-        merged = CellStats(*(speaks_GG @ total_GT[: len(share_G)] for total_GT in stats))
+        groups = len(share_G)
+        merged = CellStats(speaks_GG @ stats.sum_GT[:groups], speaks_GG @ stats.count_GT[:groups])
         followed, active_GT, ready_G = follow(state, merged)
-        left_G = excess(followed["loss_GT"] / static_T, measured, rho_GS[:, cells.teacher_T] * active_GT)
+        left_G = excess(followed["loss_GT"] / static_T, measured, rho_GT * active_GT)
         mass = torch.where(ready_G, state["q_G"], 0.0).sum()
         q_G = tempered(log_G + left_G / tau, ready_G, mass)
         return {"q_G": torch.where(ready_G, q_G, state["q_G"]), **followed}

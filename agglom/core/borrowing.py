@@ -21,6 +21,7 @@ from torch import Tensor
 
 # How far below the best teacher of a group, in AUROC, one still knows it.
 CLOSE = 0.05
+LEAST = 30
 # Below this skill (2·AUROC − 1) of its best teacher nobody has shown that a group can be taught.
 SKILLED = 0.2
 
@@ -28,7 +29,7 @@ Lend = Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]  # see `lende
 
 
 class Bank(NamedTuple):
-    """Train images that may lend: their group (M, −1 not known), and the summary (M, D) of each teacher that has one."""
+    """Train images that may lend: their group (M, −1 not known), and the summary (M, D) of each teacher in a loan."""
 
     group_M: Tensor
     summary: dict[str, Tensor]
@@ -46,26 +47,24 @@ class Loan(NamedTuple):
     to: tuple[int, ...]
 
 
-def loans(right_GS: Tensor, taking_part_GS: Tensor) -> list[Loan]:
-    """Who borrows, by AUROC in each group (NaN not known), among the teachers that take part in a group (bool)."""
+def loans(right_GS: Tensor, taking_part_GS: Tensor, count_G: Tensor) -> tuple[Loan, ...]:
+    """Who borrows, by AUROC in each group (NaN not known), among the teachers that take part in a group (bool).
+
+    `count_G`: the images of each group that may lend; fewer than LEAST in all lend nothing.
+    """
     right_GS = torch.where(taking_part_GS, right_GS, torch.nan)
     best_G1 = right_GS.nan_to_num(-1.0).amax(1, keepdim=True)
     knows_GS = (right_GS >= best_G1 - CLOSE) & (2 * best_G1 - 1 >= SKILLED)
     lacks_GS = (right_GS < best_G1 - CLOSE) & knows_GS.any(1, keepdim=True)
     found: dict[tuple[int, tuple[int, ...]], list[int]] = {}
     for group, teacher in torch.nonzero(lacks_GS).tolist():
-        by = tuple(torch.nonzero(knows_GS[group])[:, 0].tolist())
-        found.setdefault((teacher, by), []).append(group)
-    return [
+        if int(count_G[knows_GS[:, teacher]].sum()) >= LEAST:
+            by = tuple(torch.nonzero(knows_GS[group])[:, 0].tolist())
+            found.setdefault((teacher, by), []).append(group)
+    return tuple(
         Loan(teacher, by, tuple(torch.nonzero(knows_GS[:, teacher])[:, 0].tolist()), tuple(to))
         for (teacher, by), to in found.items()
-        if knows_GS[:, teacher].any()
-    ]
-
-
-def taking_part(served_GS: Tensor, names: Sequence[str], bank: Bank) -> Tensor:
-    """Who may lend, choose or borrow in a group (bool): of those that serve it, those that are in the bank."""
-    return served_GS & torch.tensor([name in bank.summary for name in names], device=served_GS.device)
+    )
 
 
 def reliable(right_XS: Tensor, group_X: Tensor, given: Sequence[Loan]) -> Tensor:
@@ -87,8 +86,8 @@ def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours
     """What takes summaries (B, D) by teacher and groups (B) to the same summaries with borrowed ones in their places.
 
     Distances are Euclidean, between the summaries of the teachers that choose, each centred and scaled to a total
-    variance of 1 over the bank. Of few images not all are near: there are at most √L neighbours of L that lend, and
-    where there is none, images keep what the teacher says of them. No host sync.
+    variance of 1 over the bank. Of few images not all are near: there are at most √L neighbours of L that lend. No host
+    sync.
     """
     mean = {name: one_MD.mean(0) for name, one_MD in bank.summary.items()}
     scale = {name: one_MD.var(0).sum().sqrt().clamp(min=1e-12) for name, one_MD in bank.summary.items()}
@@ -100,9 +99,8 @@ def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours
     terms: list[tuple[Loan, Tensor, Tensor, Tensor]] = []
     for loan in given:
         rows_L = torch.nonzero(among(bank.group_M, loan.of))[:, 0]
-        if len(rows_L):
-            lent_LD, to = bank.summary[names[loan.teacher]][rows_L], torch.tensor(loan.to, device=rows_L.device)
-            terms.append((loan, keys(bank.summary, loan.by, rows_L), lent_LD, to))
+        lent_LD, to = bank.summary[names[loan.teacher]][rows_L], torch.tensor(loan.to, device=rows_L.device)
+        terms.append((loan, keys(bank.summary, loan.by, rows_L), lent_LD, to))
 
     def lend(summary: Mapping[str, Tensor], group_B: Tensor) -> dict[str, Tensor]:
         told = dict(summary)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agglom.core.borrowing import Bank
+from agglom.core.borrowing import Bank, Loan
 
 # A group of which nobody has shown that it can be taught (`borrowing.SKILLED`) counts less, and at least this much of
 # what it would: few patients do not show the contrary either.
@@ -34,8 +34,9 @@ class Measured:
     `raw_GS` as it was found, and `right_S` over everybody. `student_G`: that of the student, shrunk, NaN before it has
     learnt anything. `noise_GT` and `spread_GT`: half the mean loss between the targets of two views of an image, and of
     two images of the group, without static weights. `sure_NS` (float32), where it is asked for: how probable it is that
-    a teacher's probe is right on an image (`agglom.confidence`). `bank`: the train images that targets may be borrowed
-    from (`core.borrowing`).
+    a teacher's probe is right on an image (`agglom.confidence`). `loans`: what groups borrow, and the `bank` of train
+    images that lend (`core.borrowing`), for a balancer with an option `borrow`: noise and spread are then those of
+    targets of which so many neighbours are the mean.
     """
 
     right_GS: Tensor
@@ -45,6 +46,7 @@ class Measured:
     noise_GT: Tensor
     spread_GT: Tensor
     sure_NS: Tensor | None = None
+    loans: tuple[Loan, ...] = ()
     bank: Bank | None = None
 
 

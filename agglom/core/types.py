@@ -180,7 +180,7 @@ class CellStats(NamedTuple):
 
 @dataclass(frozen=True)
 class Balancer:
-    """A pure triple. `state` is a dict of tensors, so that it can be saved and resumed.
+    """Pure functions. `state` is a dict of tensors, so that it can be saved and resumed.
 
     `init() -> state`; `weigh(state, table, group_B, generator) -> w_BT` reads the state only and needs no
     collective; `update(state, stats) -> state` runs once per optimizer step on sums over all micro-batches and ranks.

@@ -27,6 +27,7 @@ class Cells:
     `static_T`: the static weight of each column, which its losses contain; all 1 by default. `groups` and `teachers`
     are their names, by index. `count_G`: the training rows of each group, where a sampler that draws some groups more
     often than others makes them another number than share × rows. `group_N`: the group of each row of the manifest.
+    `summary_T`: which columns are of summaries (bool), all by default.
     Tensors lie on the device of the table, and so does the state.
     """
 
@@ -40,6 +41,7 @@ class Cells:
     teachers: tuple[str, ...] = ()
     count_G: Tensor | None = None
     group_N: Tensor | None = None
+    summary_T: Tensor | None = None
 
     @property
     def served_GS(self) -> Tensor:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
+from agglom import measure
 from agglom.core import borrowing, losses
 from agglom.core.cells import listening
 
@@ -93,8 +94,13 @@ def test_images_of_a_group_hear_teachers_by_how_sure_these_are_of_them(lab, monk
 
 def test_a_group_borrows_what_a_teacher_does_not_know_of_it(lab, stop_at, monkeypatch):
     """B asks two which images of A are like its own, for what one says of them; and so it does after a resume."""
-    loan = borrowing.Loan(teacher=1, by=(2,), of=(0,), to=(1,))
-    monkeypatch.setattr(borrowing, "loans", lambda right_GS, taking_part_GS: [loan])
+    # AUROC by group, of fair, one and two: one knows A alone, and fair nobody.
+    found = torch.tensor([[0.7, 0.95, 0.95], [0.7, 0.6, 0.95]], dtype=torch.float64)
+    judge = measure.judged
+    monkeypatch.setattr(
+        measure, "judged", lambda *given: judge(*given)._replace(shrunk_GP=found[:, : given[1].shape[1]])
+    )
+    monkeypatch.setattr(borrowing, "LEAST", 10)
     seen, real = [], losses.table
 
     def table(columns, predicted, wanted, present, **more):
@@ -133,6 +139,9 @@ def test_a_group_borrows_what_a_teacher_does_not_know_of_it(lab, stop_at, monkey
     for report in ("full.md", "full.html"):
         said = (out / "reports" / report).read_text()
         assert "B: what one says of images of A, those that two finds most alike" in said
+
+    spread_GT = load_file(out / "measured" / "full.safetensors")["spread_GT"]
+    assert spread_GT[1, 2] < spread_GT[0, 2], "a mean of several varies less"
 
     stop_at(9)
     assert lab.distill("again", changes) == 130

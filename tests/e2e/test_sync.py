@@ -12,7 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agglom import checkpoints, progress, train
+from agglom import checkpoints, progress, targets, train
 from agglom.core import borrowing
 
 ROOT = Path(__file__).parents[2]
@@ -135,13 +135,15 @@ def test_no_step_waits_for_a_value(lab, watch, monkeypatch, kind):
         return state
 
     monkeypatch.setattr(train, "train", watched)
-    loan = borrowing.Loan(teacher=2, by=(3,), of=(0,), to=(1,))  # among fair, local, one and two
-    monkeypatch.setattr(borrowing, "loans", lambda right_GS, taking_part_GS: [loan])
+    loan, lent, real = borrowing.Loan(teacher=2, by=(3,), of=(0,), to=(1,)), [], targets.lent  # of one, by two
+    monkeypatch.setattr(borrowing, "loans", lambda *given: (loan,))
+    monkeypatch.setattr(targets, "lent", lambda *given: lent.append(given) or real(*given))
     views = {"kinds": {"blur": 1.0, "inversion": 1.0}, "groups": {"device": ["A"]}}
     stages = [stage | {"length": "2 steps", "views": views} for stage in lab.job()["stages"]]
     lab.run("out", BUSY | BALANCERS[kind] | {"stages": stages})
     assert watch.steps == 4
     assert watch.found == []
+    assert bool(lent) == (kind == "cells")
 
 
 @pytest.mark.parametrize(

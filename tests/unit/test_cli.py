@@ -308,6 +308,18 @@ def test_a_reader_that_leaves_is_no_error():
     assert (done.returncode, done.stderr) in ((0, ""), (-signal.SIGPIPE, ""))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize(
+    ("to", "status", "told"), [("> /dev/full", 4, "agglom: No space left on device"), (">&-", 0, "")]
+)
+def test_output_that_cannot_be_written(to, status, told):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    command = f"{sys.executable} -m agglom list teachers {to}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.partition(";")[0].strip() == told
+
+
 def test_threads_of_a_group_that_lives_on_do_not_change_the_status(tmp_path):
     """Collectives end while the process does: taking the interpreter down aborted it, status 134, now and then."""
     script = tmp_path / "late.py"

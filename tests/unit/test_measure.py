@@ -8,7 +8,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from agglom import measure, targets
-from agglom.core.cells import SKILLED, Measured, standing
+from agglom.core.borrowing import SKILLED
+from agglom.core.cells import Measured, standing
 from agglom.core.losses import Column
 from agglom.core.types import Batch, Features
 from agglom.runtime import World

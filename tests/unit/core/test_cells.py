@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agglom.core import balance
-from agglom.core.borrowing import SKILLED, Bank
+from agglom.core.borrowing import SKILLED, Bank, Loan
 from agglom.core.cells import (
     APART,
     FOLLOWED,
@@ -27,6 +27,7 @@ from agglom.core.types import CellStats, LossTable
 from agglom.core.weights import Cells
 
 NAN = math.nan
+NUMBERS = ("right_GS", "raw_GS", "right_S", "student_G", "noise_GT", "spread_GT")
 SHARES = np.array([0.6, 0.25, 0.05])
 TEACHER = np.array([0, 0, 1])  # of three columns
 CROSSED = ("F|AP", "F|PA", "M|AP", "M|PA")
@@ -46,8 +47,7 @@ def measured(seed=0, groups=3, **more):
         "noise_GT": rng.uniform(0, 0.3, (groups, 3)),
         "spread_GT": rng.uniform(0.3, 1, (groups, 3)),
     }
-    numbers = {key: value if isinstance(value, Bank) else tensor(value) for key, value in (parts | more).items()}
-    return Measured(**numbers)
+    return Measured(**{key: tensor(value) for key, value in (parts | more).items()})
 
 
 def of(shares=SHARES, served=None, **more):
@@ -162,9 +162,7 @@ class Reference:
     """`balance.cells` step by step in NumPy, with three groups of enough rows."""
 
     def __init__(self, known, temperature, gamma, tau, ema, floor, cap):
-        known = {
-            key: getattr(known, key).numpy() for key in known.__dataclass_fields__ if key not in ("sure_NS", "bank")
-        }
+        known = {key: getattr(known, key).numpy() for key in NUMBERS}
         right = known["right_GS"]
         best, reached = (np.maximum(2 * known[key].max(1) - 1, 0) for key in ("raw_GS", "right_GS"))
         worth = np.maximum(np.exp((right - right.max(1, keepdims=True)) / temperature), FOLLOWED)
@@ -426,38 +424,33 @@ def test_weights_stay_between_floor_and_cap_and_keep_their_sum(seed, tau, floor,
 
 # ── Borrowing ──
 
+LACKS = [[0.9, 0.9], [0.6, 0.9], [0.9, 0.9]]
+LOAN = Loan(teacher=0, by=(1,), of=(0, 2), to=(1,))
 
-def bank():
+
+def lent(**more):
     generator = torch.Generator().manual_seed(0)
     summary = {name: torch.randn(40, width, generator=generator) for name, width in (("x", 3), ("y", 2))}
-    return Bank(torch.arange(40) % 3, summary)
+    numbers = measured(right_GS=LACKS, **more)
+    return replace(numbers, loans=(LOAN,), bank=Bank(torch.arange(40) % 3, summary))
 
 
-LACKS = [[0.9, 0.9], [0.6, 0.9], [0.9, 0.9]]
-
-
-def test_who_borrows_hears_the_teacher_as_much_as_those_who_choose_the_images():
-    sure_NS = tensor([[0.6, 0.9], [0.6, 0.9]]).float()
-    facts = replace(of(), group_N=torch.tensor([1, 0]))
-    known = measured(right_GS=LACKS, sure_NS=sure_NS, bank=bank())
+def test_who_borrows_hears_the_summary_of_a_teacher_as_much_as_those_who_choose():
+    """Columns: summary and patches of x, who does not know the second group, and the summary of y."""
+    known = lent(sure_NS=tensor([[0.6, 0.9], [0.6, 0.9]]).float())
+    facts = replace(of(), group_N=torch.tensor([1, 0]), summary_T=torch.tensor([True, False, True]))
     table = LossTable(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), row_B=torch.tensor([0, 1]))
-    for by, of_lender in (("labels", 1.0), ("images", math.exp(-0.3 / 0.15))):
+    behind = math.exp(-0.3 / 0.15)
+    for by, of_lender in (("labels", 1.0), ("images", behind)):
         balancer = balance.cells(cells=facts, measured=known, by=by)
-        w_BT = balancer.weigh(balancer.init(), table, torch.tensor([1, 0]))
+        w_BT = balancer.weigh(balancer.init(), table, torch.tensor([1, 0])).double()
         assert float(w_BT[0, 0] / w_BT[0, 2]) == pytest.approx(1)
+        assert float(w_BT[0, 1] / w_BT[0, 0]) == pytest.approx(2 * behind / (1 + behind)), "its patches are its own"
         assert float(w_BT[1, 0] / w_BT[1, 2]) == pytest.approx(of_lender)
-        told = balancer.lend(bank().summary, bank().group_M)
-        assert (told["x"] != bank().summary["x"]).any(1).tolist() == [group == 1 for group in bank().group_M]
+        told = balancer.lend(known.bank.summary, known.bank.group_M)
+        assert (told["x"] != known.bank.summary["x"]).any(1).tolist() == [group == 1 for group in known.bank.group_M]
 
 
-def test_nothing_is_borrowed_without_a_bank_or_where_it_is_not_asked_for():
-    for known, options in (
-        (measured(right_GS=LACKS), {}),
-        (measured(right_GS=LACKS, bank=bank()), {"borrow": 0}),
-        (measured(right_GS=LACKS, bank=bank()), {"by": "views"}),
-        (measured(right_GS=[[0.9, 0.9]] * 3, bank=bank()), {}),
-    ):
+def test_nothing_is_borrowed_where_it_is_not_asked_for():
+    for known, options in ((measured(), {}), (lent(), {"borrow": 0}), (lent(), {"by": "views"})):
         assert balance.cells(cells=of(), measured=known, **options).lend is None
-    served = [[True, True, True], [False, False, True], [True, True, True]]
-    known = measured(right_GS=LACKS, bank=bank())
-    assert balance.cells(cells=of(served=served), measured=known).lend is None
