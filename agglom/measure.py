@@ -279,7 +279,7 @@ def floors(run: Run, normalisers: Mapping[str, Normaliser], lend: Lend | None = 
     kinds = {"summary": run.job.loss.summary, "patches": run.job.loss.patches}
     dispersion = {name: one.dispersion for name, one in normalisers.items() if one.dispersion is not None}
     everybody_N = torch.ones_like(space.index_N, dtype=torch.bool)
-    serves = {name: run.served.get(name, everybody_N) for name in names}
+    served = {name: run.served.get(name, everybody_N) for name in names}
     empty_GT = torch.zeros(len(space.values) + 1, len(columns), dtype=torch.float64, device=device)
     sums = [empty_GT.clone() for _ in range(4)]  # of noise and its images, of spread and its pairs
     for mine, batch in batches(run, rows_N, run.plan.evaluate_size, NUISANCE):
@@ -296,7 +296,7 @@ def floors(run: Run, normalisers: Mapping[str, Normaliser], lend: Lend | None = 
             raw = [targets.lent(features, lend, group_B.to(device)) for features in raw]
         clean, seen = ({name: normalisers[name](one) for name, one in features.items()} for features in raw)
         alike_B = (group_B == group_B[next_B]) & (next_B > 0)
-        taught = {name: served_N[row_B] for name, served_N in serves.items()}
+        taught = {name: served_N[row_B] for name, served_N in served.items()}
         paired = {name: mask_B & mask_B[next_B] & alike_B for name, mask_B in taught.items()}
         other = {name: _rows(features, next_B) for name, features in clean.items()}
         found: list[Tensor] = []
