@@ -16,10 +16,9 @@ the labels of train and validation images, by probes of the teachers, MFD those 
 else any. `cells, nothing borrowed` has what was best before there was borrowing: a temperature of .04 and a τ of .5.
 `best` is the best teacher of a group.
 
-`cells + MFD` are the defaults of the one and the tuned weight of the other. With a weight of .1 MFD costs the majority
-more than that rule allows; it is shown for comparison. Larger students show what is left where capacity binds less; the
-wide one has the architecture of the teacher `majority` and may start from its weights, which have learnt the classes of
-other images.
+With a weight of .1 MFD costs the majority more than that rule allows; it is there for comparison, alone and beside
+`cells`. Larger students show what is left where capacity binds less; the wide one has the architecture of the teacher
+`majority` and may start from its weights, which have learnt the classes of other images.
 
 `views` lets the student see half of its images as agglom's generic acquisitions (all kinds, strength 1) would have
 taken them. Their families resemble the simulated device, which blurs, inverts, compresses and adds noise, too;
@@ -117,7 +116,6 @@ METHODS = {
     "inverse frequency": Method(INVERSE),
     "inverse frequency, tuned": Method(partial(INVERSE, power=0.25)),
     "resampling by group": Method(balance.uniform, resample=1.0),
-    "resampling by group, tuned": Method(balance.uniform, resample=0.25),
     "group DRO, size-adjusted": Method(partial(balance.group_dro, adjustment=1.0)),
     "CVaR over groups": Method(balance.cvar),
     "UNIC dropping": Method(balance.teacher_dropping),
@@ -135,7 +133,6 @@ METHODS = {
     "cells, nothing borrowed": Method(OWN),
     "cells, reliability alone": Method(partial(OWN, tau=1e6)),
     "cells, tilt alone": Method(partial(OWN, by="labels", temperature=1e6)),
-    "cells + MFD": Method(CELLS, mfd=0.03),
     "cells + MFD, weight 0.1": Method(CELLS, mfd=0.1),
     "views": Method(balance.uniform, seen=ANY),
     "views + cells": Method(CELLS, seen=ANY),
