@@ -134,6 +134,7 @@ METHODS = {
     "cells, reliability alone": Method(partial(OWN, tau=1e6)),
     "cells, tilt alone": Method(partial(OWN, by="labels", temperature=1e6)),
     "cells + MFD, weight 0.1": Method(CELLS, mfd=0.1),
+    "cells, nothing borrowed, + MFD, weight 0.1": Method(OWN, mfd=0.1),
     "views": Method(balance.uniform, seen=ANY),
     "views + cells": Method(CELLS, seen=ANY),
     "views-unlike": Method(balance.uniform, seen=UNLIKE),
@@ -142,7 +143,7 @@ METHODS = {
 # The small student of these is trained TIMES times for the same images.
 OFTEN = (
     *("uniform", "inverse frequency, tuned", "MFD, tuned", "MFD, weight 0.1", "cells", "cells, nothing borrowed"),
-    *("cells + MFD, weight 0.1", "views", "views + cells"),
+    *("cells + MFD, weight 0.1", "cells, nothing borrowed, + MFD, weight 0.1", "views", "views + cells"),
 )
 TIMES = 3
 OURS = ("cells", "cells + MFD, weight 0.1")
@@ -164,12 +165,15 @@ OF_STUDENTS = {
     "wide": ("uniform", "views + cells"),
     "wide, from the weights of a teacher": (
         *("uniform", "MFD, weight 0.1", "cells", "cells + MFD, weight 0.1", "views + cells"),
+        *("cells, nothing borrowed", "cells, nothing borrowed, + MFD, weight 0.1"),
     ),
-    "wide, from the weights of a teacher, four times as long": ("uniform", "cells + MFD, weight 0.1"),
+    "wide, from the weights of a teacher, four times as long": (
+        *("uniform", "cells, nothing borrowed, + MFD, weight 0.1"),
+    ),
 }
 IN_ALL = ("uniform", "cells")
 IN_CASES = {
-    "20 % wrong annotations": ("cells, by labels", "MFD, weight 0.1"),
+    "20 % wrong annotations": ("cells, by labels", "cells, nothing borrowed", "MFD, weight 0.1"),
     "a group of noise": ("cells, by labels", "group DRO, size-adjusted"),
 }
 IN_B = ("uniform", "inverse frequency", "group DRO, size-adjusted", "UNIC dropping", "cells", "views + cells")
