@@ -126,7 +126,8 @@ def cells(
 
     loans = measured.loans if borrow and by != "views" else ()
     lend = borrowing.lender(loans, cells.teachers, measured.bank, borrow) if loans and measured.bank else None
-    own, lent = heard(()), heard(loans)
+    own = heard(())
+    lent = heard(loans) if loans else own
     summary_T = torch.ones_like(cells.teacher_T, dtype=torch.bool) if cells.summary_T is None else cells.summary_T
     rho_GT = torch.where(summary_T, lent[0][:, cells.teacher_T], own[0][:, cells.teacher_T])
     best_G, lag_G = standing(measured, served_GS)
@@ -148,8 +149,9 @@ def cells(
         return unmoved(cells) | {"q_G": tempered(log_G, share_G > 0, share_G.sum())}
 
     def weigh(state: State, table: LossTable, group_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        own_BT, lent_BT = (rho(*one, table, group_B)[:, cells.teacher_T] for one in (own, lent))
-        rho_BT = torch.where(summary_T, lent_BT, own_BT)
+        rho_BT = rho(*own, table, group_B)[:, cells.teacher_T]
+        if lend is not None:
+            rho_BT = torch.where(summary_T, rho(*lent, table, group_B)[:, cells.teacher_T], rho_BT)
         return weigh_groups(state, table, group_B) * rho_BT.to(table.loss_BT.dtype)
 
     def rho(rho_GS: Tensor, sure_NS: Tensor | None, table: LossTable, group_B: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 # How far below the best teacher of a group, in AUROC, one still knows it.
 CLOSE = 0.05
+# Among fewer images the nearest is not near.
 LEAST = 30
 # Below this skill (2·AUROC − 1) of its best teacher nobody has shown that a group can be taught.
 SKILLED = 0.2

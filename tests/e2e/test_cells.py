@@ -125,7 +125,7 @@ def test_a_group_borrows_what_a_teacher_does_not_know_of_it(lab, stop_at, monkey
     group_N = np.array([row["device"] for row in manifest])
     train_N = np.array([row["split"] == "train" for row in manifest])
     raw = {name: load_file(out / "features" / f"{name}.safetensors")["summary"] for name in ("one", "two")}
-    lent_N, row_B, told = train_N & (group_N == "A"), *rows[-1]
+    lent_N = train_N & (group_N == "A")
     near = NearestNeighbors(n_neighbors=3).fit(raw["two"][lent_N]).kneighbors(raw["two"], return_distance=False)
     borrowed_ND = raw["one"][lent_N][torch.as_tensor(near)].mean(1)
     expected_ND = torch.where(torch.as_tensor(group_N == "B")[:, None], borrowed_ND, raw["one"])
