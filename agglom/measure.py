@@ -159,7 +159,7 @@ def _loans(run: Run, stage: str, known: Mapping[str, Tensor]) -> tuple[Loan, ...
 
     A specialist has no part: whom it serves may be another matter than the groups that are weighed.
     """
-    if not (_option(run, "borrow") or 0) > 0 or _option(run, "by") == "views" or not run.job.loss.summary_weight:
+    if not _option(run, "borrow") or "sure_NS" not in known or not run.job.loss.summary_weight:
         return ()
     (active,) = (one.teachers for one in run.plan.stages if one.name == stage)
     taking_part_S = torch.tensor([name in active and name not in run.served for name in teachers(run)])
@@ -187,7 +187,8 @@ def _floors(
 ) -> dict[str, Tensor]:
     lend = None
     if bank is not None:
-        lend = borrowing.lender(_loans(run, stage, known), tuple(teachers(run)), bank, _option(run, "borrow"))
+        given, sure_NS = _loans(run, stage, known), known["sure_NS"].to(run.world.device)
+        lend = borrowing.lender(given, tuple(teachers(run)), bank, _option(run, "borrow"), sure_NS)
     noise_GT, spread_GT = floors(run, normalisers, lend)
     return {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
 
@@ -293,7 +294,7 @@ def floors(run: Run, normalisers: Mapping[str, Normaliser], lend: Lend | None = 
         next_B = torch.arange(1, len(mine) + 1) % len(mine)
         group_B = space.index_N[row_B]
         if lend is not None:
-            raw = [targets.lent(features, lend, group_B.to(device)) for features in raw]
+            raw = [targets.lent(features, lend, group_B.to(device), row_B.to(device)) for features in raw]
         clean, seen = ({name: normalisers[name](one) for name, one in features.items()} for features in raw)
         alike_B = (group_B == group_B[next_B]) & (next_B > 0)
         taught = {name: served_N[row_B] for name, served_N in served.items()}

@@ -151,11 +151,13 @@ OURS = ("cells", "cells + MFD, weight 0.1")
 GRID = {
     "uniform": Method(balance.uniform),
     **{f"cells, τ = {tau}": Method(partial(CELLS, tau=tau)) for tau in (0.2, 0.3, 0.5)},
+    **{f"cells, temperature = {heat}": Method(partial(CELLS, temperature=heat)) for heat in (0.05, 0.5)},
     **{f"cells, neighbours = {number}": Method(partial(CELLS, borrow=number)) for number in (10, 90)},
     **{f"cells + MFD, weight {weight}": Method(CELLS, mfd=weight) for weight in (0.03, 0.1)},
     **{f"MFD, weight {weight}": Method(balance.uniform, mfd=weight) for weight in (0.03, 0.1, 0.3)},
     "cells, nothing borrowed": Method(OWN),
     **{f"cells, by labels, τ = {tau}": Method(partial(LABELS, tau=tau)) for tau in (0.3, 0.5)},
+    **{f"cells, by labels, temperature = {heat}": Method(partial(LABELS, temperature=heat)) for heat in (0.05, 0.3)},
     **{f"inverse frequency, power {power}": Method(partial(INVERSE, power=power)) for power in (0.25, 0.5)},
     **{f"resampling by group, power {power}": Method(balance.uniform, resample=power) for power in (0.25, 0.5)},
     **{f"UNIC dropping, p = {p}": Method(partial(balance.teacher_dropping, p=p)) for p in (0.25, 0.5)},
@@ -221,11 +223,10 @@ def fitted(m: Material) -> dict[str, Affine]:
     return {name: normalise.fit("phi_s", one) for name, one in moments.items()}
 
 
-def measured(
-    m: Material, affines: dict[str, Affine], goal: dict[str, Tensor], scored: dict[str, np.ndarray], borrow: int
-) -> Measured:
+def measured(lesson: Lesson, borrow: int) -> Measured:
     """What agglom measures of the cells before a stage, from the teachers' probes on validation and their twins, where
     targets of so many neighbours are borrowed (0: none)."""
+    m, affines, goal, scored = lesson.m, lesson.affines, lesson.goal, lesson.probes.scored
     known_M = (m.seen_N[m.twin_M] >= 0) & (m.seen_N[m.twin_M] < len(m.values))
     twin_M = m.twin_M[known_M]
     group_M = m.seen_N[twin_M]
@@ -241,8 +242,8 @@ def measured(
     lends_G = torch.bincount(lends_M[(lends_M >= 0) & (lends_M < len(m.values))], minlength=len(m.values))
     loans = borrowing.loans(found.shrunk_GP, judged_GP, lends_G) if borrow else ()
     if loans:
-        lend = borrowing.lender(loans, tuple(goal), bank, borrow)
-        clean, twin = lend(clean, group_M), lend(twin, group_M)
+        lend = borrowing.lender(loans, tuple(goal), bank, borrow, lesson.sure_NS)
+        clean, twin = lend(clean, group_M, twin_M), lend(twin, group_M, twin_M)
     for column, name in enumerate(goal):
         for group, speaks_G in enumerate(speaks_GG > 0):
             mine = torch.nonzero(speaks_G[group_M])[:, 0]
@@ -340,12 +341,13 @@ class Lesson:
 
     def known(self, balancer: Callable[..., Balancer]) -> Measured:
         """What is measured for a balancer that asks for it."""
-        by, borrow = (option(balancer, name) for name in ("by", "borrow"))
-        borrow, scored = 0 if by == "views" else borrow, self.probes.scored
-        found = self.once("known", borrow, make=lambda: measured(self.m, self.affines, self.goal, scored, borrow))
-        if by != "images":
-            return found
-        return replace(found, sure_NS=self.once("sure", make=lambda: sure(self.m, self.probes)))
+        borrow = option(balancer, "borrow") if (by_images := option(balancer, "by") == "images") else 0
+        found = self.once("known", borrow, make=lambda: measured(self, borrow))
+        return replace(found, sure_NS=self.sure_NS) if by_images else found
+
+    @cached_property
+    def sure_NS(self) -> Tensor:
+        return sure(self.m, self.probes)
 
     def lent(self, balancer: Callable[..., Balancer], lend: Lend) -> dict[str, Tensor]:
         """The targets, with what train images borrow."""
@@ -353,7 +355,7 @@ class Lesson:
         def make() -> dict[str, Tensor]:
             whole = {name: one_ND.clone() for name, one_ND in self.goal.items()}
             for rows in self.m.fit.split(500):
-                told = lend({name: one_ND[rows] for name, one_ND in self.goal.items()}, self.m.seen_N[rows])
+                told = lend({name: one_ND[rows] for name, one_ND in self.goal.items()}, self.m.seen_N[rows], rows)
                 for name, one_BD in told.items():
                     whole[name][rows] = one_BD
             return whole

@@ -81,9 +81,10 @@ def cells(
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
       evaluation; a group whose best teacher is less than .2 above chance counts less, to a quarter, so that one that
       is only noise takes nothing from the others. `floor`·p_g ≤ q_g ≤ `cap`·p_g;
-    - the summary of a teacher whose AUROC in the group is clearly below the best is the mean of what it says of the
-      `borrow` images of other groups that are most alike to those who know the group (`core.borrowing`); it then counts
-      as much as these do, its patches as before. Nothing is borrowed with 0, or `by` views.
+    - where the AUROC of a teacher in the group is clearly below the best and its R on the image below that of those who
+      know the group, its summary is the mean of what it says of the `borrow` images of other groups that are most alike
+      to these (`core.borrowing`); it then counts as much as they do, its patches as before. Nothing is borrowed with 0,
+      nor `by` labels or views.
 
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
     a step keeps its weight, and the others share theirs. A sample without annotation has q = p and, where it has none
@@ -124,10 +125,11 @@ def cells(
         rho_NS = listening(sure_NS, served_GS[group_N.clamp(min=0)], temperature)
         return on_average(rho_NS, group_N, rho_GS), sure_NS
 
-    loans = measured.loans if borrow and by != "views" else ()
-    lend = borrowing.lender(loans, cells.teachers, measured.bank, borrow) if loans and measured.bank else None
-    own = heard(())
-    lent = heard(loans) if loans else own
+    own, lend = heard(()), None
+    lent = own
+    if borrow and by == "images" and measured.bank is not None and measured.sure_NS is not None:
+        lend = borrowing.lender(measured.loans, cells.teachers, measured.bank, borrow, measured.sure_NS)
+        lent = heard(measured.loans)
     summary_T = torch.ones_like(cells.teacher_T, dtype=torch.bool) if cells.summary_T is None else cells.summary_T
     rho_GT = torch.where(summary_T, lent[0][:, cells.teacher_T], own[0][:, cells.teacher_T])
     best_G, lag_G = standing(measured, served_GS)

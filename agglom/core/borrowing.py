@@ -4,10 +4,11 @@ A teacher that reads a group poorly teaches it nothing, and where it is merely w
 told what images of the group have in common with those of others in the eyes of that teacher. So the target is
 borrowed. The teachers that do know the group say which images of other groups are most like this one, and the target is
 the mean of what the first teacher says of those: regression by nearest neighbours, from the features of some teachers
-to those of another. Labels take part only in that reliability was measured by them.
+to those of another. An image of which the first teacher is as sure as these keeps its own target, whatever its
+annotation says. Labels take part only in that reliability was measured by them.
 
-Shape suffixes: B batch, M images of the bank, L of these that lend, N nearest ones, K features by which images are
-compared, D features of the summary that is lent, G groups, S teachers, X groups or images.
+Shape suffixes: B batch, N rows of the manifest, M images of the bank, L of these that lend, C nearest ones, K features
+by which images are compared, D features of the summary that is lent, G groups, S teachers, X groups or images.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LEAST = 30
 # Below this skill (2·AUROC − 1) of its best teacher nobody has shown that a group can be taught.
 SKILLED = 0.2
 
-Lend = Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]  # see `lender`
+Lend = Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]]  # see `lender`
 
 
 class Bank(NamedTuple):
@@ -70,12 +71,16 @@ def loans(right_GS: Tensor, taking_part_GS: Tensor, count_G: Tensor) -> tuple[Lo
 
 def reliable(right_XS: Tensor, group_X: Tensor, given: Sequence[Loan]) -> Tensor:
     """How reliable teachers are (X × S), of groups or of images of these groups, once targets are borrowed: as those
-    are who choose the images, on average."""
+    are who choose the images, on average, and never less than by themselves."""
     found_XS = right_XS.clone()
     for loan in given:
-        chosen_X = right_XS[:, list(loan.by)].mean(1)
-        found_XS[:, loan.teacher] = torch.where(among(group_X, loan.to), chosen_X, found_XS[:, loan.teacher])
+        own_X, chosen_X = right_XS[:, loan.teacher], _choosing(right_XS, loan)
+        found_XS[:, loan.teacher] = torch.where(among(group_X, loan.to), torch.fmax(own_X, chosen_X), own_X)
     return found_XS
+
+
+def _choosing(right_XS: Tensor, loan: Loan) -> Tensor:
+    return right_XS[:, list(loan.by)].mean(1)
 
 
 def among(group_X: Tensor, groups: tuple[int, ...]) -> Tensor:
@@ -83,9 +88,12 @@ def among(group_X: Tensor, groups: tuple[int, ...]) -> Tensor:
     return (group_X[..., None] == torch.tensor(groups, device=group_X.device)).any(-1)
 
 
-def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours: int) -> Lend:
-    """What takes summaries (B, D) by teacher and groups (B) to the same summaries with borrowed ones in their places.
+def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours: int, sure_NS: Tensor) -> Lend:
+    """What takes summaries (B, D) by teacher, groups (B) and rows of the manifest (B) to the same summaries with
+    borrowed ones in their places.
 
+    `sure_NS`: how probable it is that a teacher is right on an image; where that is as much as of those who choose, its
+    own summary stays, and where it is not known (NaN), the group decides.
     Distances are Euclidean, between the summaries of the teachers that choose, each centred and scaled to a total
     variance of 1 over the bank. Of few images not all are near: there are at most √L neighbours of L that lend. No host
     sync.
@@ -103,14 +111,16 @@ def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours
         lent_LD, to = bank.summary[names[loan.teacher]][rows_L], torch.tensor(loan.to, device=rows_L.device)
         terms.append((loan, keys(bank.summary, loan.by, rows_L), lent_LD, to))
 
-    def lend(summary: Mapping[str, Tensor], group_B: Tensor) -> dict[str, Tensor]:
+    def lend(summary: Mapping[str, Tensor], group_B: Tensor, row_B: Tensor) -> dict[str, Tensor]:
         told = dict(summary)
         for loan, keys_LK, lent_LD, to in terms:
             away_BL = torch.cdist(keys(summary, loan.by, slice(None)), keys_LK)
-            nearest_BN = away_BL.topk(min(neighbours, math.isqrt(len(lent_LD))), largest=False).indices
-            borrowed_BD = lent_LD[nearest_BN].mean(1)
-            name, borrows_B1 = names[loan.teacher], (group_B[:, None] == to).any(1, keepdim=True)
-            told[name] = torch.where(borrows_B1, borrowed_BD.to(told[name].dtype), told[name])
+            nearest_BC = away_BL.topk(min(neighbours, math.isqrt(len(lent_LD))), largest=False).indices
+            borrowed_BD = lent_LD[nearest_BC].mean(1)
+            sure_BS = sure_NS[row_B]
+            knows_B = sure_BS[:, loan.teacher] >= _choosing(sure_BS, loan)
+            name, borrows_B = names[loan.teacher], (group_B[:, None] == to).any(1) & ~knows_B
+            told[name] = torch.where(borrows_B[:, None], borrowed_BD.to(told[name].dtype), told[name])
         return told
 
     return lend

@@ -83,10 +83,17 @@ def test_loans_by_their_definition(right):
 # ── What is borrowed ──
 
 
+def told_to(asked, given, stored, neighbours, sure=math.nan):
+    """Of images in the order of the rows; by default it is not known how sure teachers are of them."""
+    images = len(asked.group_M)
+    sure_NS = torch.as_tensor(sure).expand(images, len(NAMES))
+    return lender(given, NAMES, stored, neighbours, sure_NS)(asked.summary, asked.group_M, torch.arange(images))
+
+
 def test_nearest_neighbours_agree_with_scikit_learn():
     stored, loan = bank(300), Loan(teacher=0, by=(1, 2), of=(0,), to=(1,))
     asked = bank(seed=1)
-    told = lender([loan], NAMES, stored, 7)(asked.summary, asked.group_M)
+    told = told_to(asked, [loan], stored, 7)
 
     def keys(one):
         parts = [(one.summary[name] - stored.summary[name].mean(0)) for name in ("b", "c")]
@@ -104,15 +111,26 @@ def test_nearest_neighbours_agree_with_scikit_learn():
 def test_of_few_images_not_all_are_near():
     stored, asked, loan = bank(), bank(seed=1), Loan(0, (1,), (0,), (1,))
     few = math.isqrt(int((stored.group_M == 0).sum()))
-    told, capped = (lender([loan], NAMES, stored, count)(asked.summary, asked.group_M) for count in (few, 10**6))
+    told, capped = (told_to(asked, [loan], stored, count) for count in (few, 10**6))
     assert torch.equal(told["a"], capped["a"])
 
 
 def test_the_precision_of_the_teacher_is_kept():
     stored, asked = bank(), bank(seed=1)
-    half = {name: one_BD.bfloat16() for name, one_BD in asked.summary.items()}
-    told = lender([Loan(0, (1,), (0,), (1,))], NAMES, stored, 5)(half, asked.group_M)
-    assert told["a"].dtype == torch.bfloat16
+    half = asked._replace(summary={name: one_BD.bfloat16() for name, one_BD in asked.summary.items()})
+    assert told_to(half, [Loan(0, (1,), (0,), (1,))], stored, 5)["a"].dtype == torch.bfloat16
+
+
+def test_an_image_of_which_a_teacher_is_as_sure_as_those_who_choose_keeps_its_own():
+    stored, asked = bank(), bank(seed=1)
+    sure_NS = torch.rand(len(asked.group_M), 3, generator=torch.Generator().manual_seed(2))
+    sure_NS[::7] = math.nan
+    told = told_to(asked, [Loan(0, (1, 2), (0,), (1,))], stored, 5, sure_NS)
+    keeps_B = sure_NS[:, 0] >= sure_NS[:, 1:].mean(1)
+    borrows_B = (asked.group_M == 1) & ~keeps_B
+    assert torch.equal((told["a"] != asked.summary["a"]).any(1), borrows_B)
+    assert (borrows_B & sure_NS[:, 0].isnan()).any(), "where that is not known, the group decides"
+    assert ((asked.group_M == 1) & keeps_B).any()
 
 
 def test_a_borrowed_target_is_as_reliable_as_those_who_choose_it():
@@ -120,3 +138,11 @@ def test_a_borrowed_target_is_as_reliable_as_those_who_choose_it():
     found_GS = reliable(right_GS, torch.arange(2), loans(right_GS))
     assert found_GS.tolist() == [[0.99, 0.97, 0.98], [pytest.approx(0.94), 0.95, 0.93]]
     assert right_GS[1, 0] == 0.80
+
+
+def test_nor_does_borrowing_make_a_teacher_less_reliable():
+    loan, nan = Loan(0, (1, 2), (0,), (1,)), math.nan
+    sure_NS = torch.tensor([[0.5, 0.6, 0.8], [0.9, 0.6, 0.8], [0.1, 0.6, 0.8], [nan, nan, nan]])
+    found_NS = reliable(sure_NS, torch.tensor([1, 1, 0, 1]), [loan])
+    assert found_NS[:3, 0].tolist() == pytest.approx([0.7, 0.9, 0.1])
+    assert found_NS[3].isnan().all()

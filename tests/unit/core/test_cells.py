@@ -437,20 +437,24 @@ def lent(**more):
 
 def test_who_borrows_hears_the_summary_of_a_teacher_as_much_as_those_who_choose():
     """Columns: summary and patches of x, who does not know the second group, and the summary of y."""
-    known = lent(sure_NS=tensor([[0.6, 0.9], [0.6, 0.9]]).float())
-    facts = replace(of(), group_N=torch.tensor([1, 0]), summary_T=torch.tensor([True, False, True]))
-    table = LossTable(torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool), row_B=torch.tensor([0, 1]))
+    known = lent(sure_NS=tensor([[0.6, 0.9]] * 2 + [[0.9, 0.6]]).float())
+    facts = replace(of(), group_N=torch.tensor([1, 0, 1]), summary_T=torch.tensor([True, False, True]))
+    table = LossTable(torch.rand(3, 3), torch.ones(3, 3, dtype=torch.bool), row_B=torch.arange(3))
     behind = math.exp(-0.3 / 0.15)
-    for by, of_lender in (("labels", 1.0), ("images", behind)):
-        balancer = balance.cells(cells=facts, measured=known, by=by)
-        w_BT = balancer.weigh(balancer.init(), table, torch.tensor([1, 0])).double()
-        assert float(w_BT[0, 0] / w_BT[0, 2]) == pytest.approx(1)
-        assert float(w_BT[0, 1] / w_BT[0, 0]) == pytest.approx(2 * behind / (1 + behind)), "its patches are its own"
-        assert float(w_BT[1, 0] / w_BT[1, 2]) == pytest.approx(of_lender)
-        told = balancer.lend(known.bank.summary, known.bank.group_M)
-        assert (told["x"] != known.bank.summary["x"]).any(1).tolist() == [group == 1 for group in known.bank.group_M]
+    balancer = balance.cells(cells=facts, measured=known)
+    w_BT = balancer.weigh(balancer.init(), table, torch.tensor([1, 0, 1])).double()
+    assert float(w_BT[0, 0] / w_BT[0, 2]) == pytest.approx(1)
+    assert float(w_BT[0, 1] / w_BT[0, 0]) == pytest.approx(2 * behind / (1 + behind)), "its patches are its own"
+    assert float(w_BT[1, 0] / w_BT[1, 2]) == pytest.approx(behind)
+    assert float(w_BT[2, 0] / w_BT[2, 2]) == pytest.approx(1 / behind), "it knows this image, and keeps its own"
+    summary = {name: one_MD[[1, 0, 4]] for name, one_MD in known.bank.summary.items()}
+    told = balancer.lend(summary, torch.tensor([1, 0, 1]), torch.arange(3))
+    assert (told["x"] != summary["x"]).any(1).tolist() == [True, False, False]
 
 
 def test_nothing_is_borrowed_where_it_is_not_asked_for():
-    for known, options in ((measured(), {}), (lent(), {"borrow": 0}), (lent(), {"by": "views"})):
+    known = lent(sure_NS=tensor([[0.6, 0.9]]))
+    for options in ({"borrow": 0}, {"by": "views"}, {"by": "labels"}):
         assert balance.cells(cells=of(), measured=known, **options).lend is None
+    for nothing in (measured(sure_NS=known.sure_NS), lent()):
+        assert balance.cells(cells=of(), measured=nothing).lend is None
