@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agglom.findings import CHANCE, estimate, listed, number, share, support, sweep_sizes
+from agglom.findings import CHANCE, count, estimate, listed, number, share, support, sweep_sizes
 from agglom.reading import OVERALL, Place, Reading, Row, Series, Variant, unique
 
 # The area of a plot begins LEFT pixels from the left and is SIZE wide.
@@ -259,7 +259,8 @@ def reasons(drawn: Mapping[str, Any] | None, given: Mapping[str, Any] | None) ->
     head = ["group", "patients", *names, *rights, "student before", *(f"noise, {name}" for name in names)]
     borrowed = [
         f"{listed(one['groups'])}: what {one['teacher']} says of images of {listed(one['of'])}, those that "
-        f"{listed(one['by'])} find{'s' * (len(one['by']) == 1)} most alike"
+        f"{listed(one['by'])} find{'s' * (len(one['by']) == 1)} most alike ({one['images']:,} of "
+        f"{count(one['of_images'], 'train image')})"
         for one in given.get("borrowed", ())
     ]
     return {"stage": given["stage"], "head": head, "lines": lines, "borrowed": borrowed}

@@ -97,16 +97,22 @@ def reasons(run: Run, stage: str) -> dict[str, Any] | None:
 
 def _borrowed(run: Run, stage: str, known: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Who borrows what in a stage, by name."""
-    names, values = teachers(run), run.balance_space.values
-    return [
-        {
-            "teacher": names[loan.teacher],
-            "groups": [values[group] for group in loan.to],
-            "by": [names[one] for one in loan.by],
-            "of": [values[group] for group in loan.of],
-        }
-        for loan in _loans(run, stage, known)
-    ]
+    names, space = teachers(run), run.balance_space
+    train_N = torch.as_tensor(run.manifest.rows("train"))
+    told = []
+    for loan in _loans(run, stage, known):
+        asks_N = borrowing.borrowers(known["sure_NS"], space.index_N, [loan])[train_N, loan.teacher]
+        told.append(
+            {
+                "teacher": names[loan.teacher],
+                "groups": [space.values[group] for group in loan.to],
+                "by": [names[one] for one in loan.by],
+                "of": [space.values[group] for group in loan.of],
+                "images": int(asks_N.sum()),
+                "of_images": int(borrowing.among(space.index_N[train_N], loan.to).sum()),
+            }
+        )
+    return told
 
 
 def _path(run: Run, stage: str) -> Path:
@@ -187,8 +193,9 @@ def _floors(
 ) -> dict[str, Tensor]:
     lend = None
     if bank is not None:
-        given, sure_NS = _loans(run, stage, known), known["sure_NS"].to(run.world.device)
-        lend = borrowing.lender(given, tuple(teachers(run)), bank, _option(run, "borrow"), sure_NS)
+        given = _loans(run, stage, known)
+        asks_NS = borrowing.borrowers(known["sure_NS"], run.balance_space.index_N, given).to(run.world.device)
+        lend = borrowing.lender(given, tuple(teachers(run)), bank, _option(run, "borrow"), asks_NS)
     noise_GT, spread_GT = floors(run, normalisers, lend)
     return {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
 
@@ -294,7 +301,7 @@ def floors(run: Run, normalisers: Mapping[str, Normaliser], lend: Lend | None = 
         next_B = torch.arange(1, len(mine) + 1) % len(mine)
         group_B = space.index_N[row_B]
         if lend is not None:
-            raw = [targets.lent(features, lend, group_B.to(device), row_B.to(device)) for features in raw]
+            raw = [targets.lent(features, lend, row_B.to(device)) for features in raw]
         clean, seen = ({name: normalisers[name](one) for name, one in features.items()} for features in raw)
         alike_B = (group_B == group_B[next_B]) & (next_B > 0)
         taught = {name: served_N[row_B] for name, served_N in served.items()}

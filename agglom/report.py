@@ -80,7 +80,8 @@ class GroupReport:
       each teacher `auroc` [G][T] and after shrinking `shrunk` [G][T], how probable it is that it is `right` on a train
       image [G][T] (null where images are not weighed by that), the AUROC of the `student` [G], and the share of a
       teacher's variance that is `noise` [G][T]; and `borrowed`, a list of dicts: the `groups` that have the targets of
-      a `teacher` from images `of` other groups, `by` which teachers these were chosen;
+      a `teacher` from images `of` other groups, `by` which teachers these were chosen, for how many `images` of the
+      `of_images` of train;
     - `proxies`: dict of the groups that stand in for what is not annotated: `teacher` whose summaries were clustered,
       `attribute` that annotated images keep (or null), `clusters` (K names), of train images `n_fitted`, `n_train` [K]
       in each cluster, `n_grouped` [K] without annotation, so that they are weighed with it; `stability` and

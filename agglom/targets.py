@@ -235,10 +235,10 @@ def encode(
     return {name: features(name) for name in names}
 
 
-def lent(features: Mapping[str, Features], lend: Lend, group_B: Tensor, row_B: Tensor) -> dict[str, Features]:
-    """Raw features with the summaries that images of these groups and rows borrow in the place of their own."""
+def lent(features: Mapping[str, Features], lend: Lend, row_B: Tensor) -> dict[str, Features]:
+    """Raw features with the summaries that these rows of the manifest borrow in the place of their own."""
     summary = {name: one.summary_BD for name, one in features.items() if one.summary_BD is not None}
-    told = lend(summary, group_B, row_B)
+    told = lend(summary, row_B)
     return {name: one._replace(summary_BD=told.get(name)) for name, one in features.items()}
 
 

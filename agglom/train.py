@@ -203,7 +203,7 @@ def _compared(
         teachers, stage.teachers, batch.pixels_BCHW, lambda name, pixels_BCHW: shift.window(pixels_BCHW, there[name])
     )
     if loop.balancer.lend is not None:
-        features = targets.lent(features, loop.balancer.lend, batch.group_B, batch.row_B)
+        features = targets.lent(features, loop.balancer.lend, batch.row_B)
     student_BCHW = batch.pixels_BCHW if batch.student_BCHW is None else batch.student_BCHW
     trunk, predicted = loop.engine(shift.window(student_BCHW, here))
     wanted = {

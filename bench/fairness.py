@@ -242,8 +242,10 @@ def measured(lesson: Lesson, borrow: int) -> Measured:
     lends_G = torch.bincount(lends_M[(lends_M >= 0) & (lends_M < len(m.values))], minlength=len(m.values))
     loans = borrowing.loans(found.shrunk_GP, judged_GP, lends_G) if borrow else ()
     if loans:
-        lend = borrowing.lender(loans, tuple(goal), bank, borrow, lesson.sure_NS)
-        clean, twin = lend(clean, group_M, twin_M), lend(twin, group_M, twin_M)
+        group_N = torch.where(m.seen_N < len(m.values), m.seen_N, -1)
+        asks_NS = borrowing.borrowers(lesson.sure_NS, group_N, loans)
+        lend = borrowing.lender(loans, tuple(goal), bank, borrow, asks_NS)
+        clean, twin = lend(clean, twin_M), lend(twin, twin_M)
     for column, name in enumerate(goal):
         for group, speaks_G in enumerate(speaks_GG > 0):
             mine = torch.nonzero(speaks_G[group_M])[:, 0]
@@ -355,7 +357,7 @@ class Lesson:
         def make() -> dict[str, Tensor]:
             whole = {name: one_ND.clone() for name, one_ND in self.goal.items()}
             for rows in self.m.fit.split(500):
-                told = lend({name: one_ND[rows] for name, one_ND in self.goal.items()}, self.m.seen_N[rows], rows)
+                told = lend({name: one_ND[rows] for name, one_ND in self.goal.items()}, rows)
                 for name, one_BD in told.items():
                     whole[name][rows] = one_BD
             return whole

@@ -113,22 +113,25 @@ def cells(
         kept_GS, kept_S = steadiness(measured.noise_GT, measured.spread_GT, cells.teacher_T)
         rho_S = shares(kept_S[None], served_GS.any(0)[None])[0]
 
+    sure_NS, group_N = measured.sure_NS if by == "images" else None, cells.group_N
+
     def heard(loans: Sequence[Loan]) -> tuple[Tensor, Tensor | None]:
         """The ρ of each group, and how sure the teachers are of each image, where these loans are given."""
         if by == "views":
             return shares(kept_GS, served_GS), None
-        group_G, group_N = torch.arange(len(share_G), device=share_G.device), cells.group_N
+        group_G = torch.arange(len(share_G), device=share_G.device)
         rho_GS = reliability(borrowing.reliable(measured.right_GS, group_G, loans), served_GS, temperature)
-        if by == "labels" or measured.sure_NS is None or group_N is None:
-            return rho_GS, measured.sure_NS if by == "images" else None
-        sure_NS = borrowing.reliable(measured.sure_NS, group_N, loans)
-        rho_NS = listening(sure_NS, served_GS[group_N.clamp(min=0)], temperature)
-        return on_average(rho_NS, group_N, rho_GS), sure_NS
+        if sure_NS is None or group_N is None:
+            return rho_GS, sure_NS
+        found_NS = borrowing.reliable(sure_NS, group_N, loans)
+        rho_NS = listening(found_NS, served_GS[group_N.clamp(min=0)], temperature)
+        return on_average(rho_NS, group_N, rho_GS), found_NS
 
     own, lend = heard(()), None
     lent = own
-    if borrow and by == "images" and measured.bank is not None and measured.sure_NS is not None:
-        lend = borrowing.lender(measured.loans, cells.teachers, measured.bank, borrow, measured.sure_NS)
+    if borrow and measured.bank is not None and sure_NS is not None and group_N is not None:
+        asks_NS = borrowing.borrowers(sure_NS, group_N, measured.loans)
+        lend = borrowing.lender(measured.loans, cells.teachers, measured.bank, borrow, asks_NS)
         lent = heard(measured.loans)
     summary_T = torch.ones_like(cells.teacher_T, dtype=torch.bool) if cells.summary_T is None else cells.summary_T
     rho_GT = torch.where(summary_T, lent[0][:, cells.teacher_T], own[0][:, cells.teacher_T])

@@ -27,7 +27,7 @@ LEAST = 30
 # Below this skill (2·AUROC − 1) of its best teacher nobody has shown that a group can be taught.
 SKILLED = 0.2
 
-Lend = Callable[[Mapping[str, Tensor], Tensor, Tensor], dict[str, Tensor]]  # see `lender`
+Lend = Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]  # see `lender`
 
 
 class Bank(NamedTuple):
@@ -88,12 +88,20 @@ def among(group_X: Tensor, groups: tuple[int, ...]) -> Tensor:
     return (group_X[..., None] == torch.tensor(groups, device=group_X.device)).any(-1)
 
 
-def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours: int, sure_NS: Tensor) -> Lend:
-    """What takes summaries (B, D) by teacher, groups (B) and rows of the manifest (B) to the same summaries with
-    borrowed ones in their places.
+def borrowers(sure_NS: Tensor, group_N: Tensor, given: Sequence[Loan]) -> Tensor:
+    """Which images borrow from a teacher (N × S, bool): those of which it is less sure than those who choose, and where
+    that is not known (NaN), all of the group."""
+    asks_NS = torch.zeros_like(sure_NS, dtype=torch.bool)
+    for loan in given:
+        knows_N = sure_NS[:, loan.teacher] >= _choosing(sure_NS, loan)
+        asks_NS[:, loan.teacher] |= among(group_N, loan.to) & ~knows_N
+    return asks_NS
 
-    `sure_NS`: how probable it is that a teacher is right on an image; where that is as much as of those who choose, its
-    own summary stays, and where it is not known (NaN), the group decides.
+
+def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours: int, asks_NS: Tensor) -> Lend:
+    """What takes summaries (B, D) by teacher and rows of the manifest (B) to the same summaries with borrowed ones in
+    the places of those that ask for it (`borrowers`).
+
     Distances are Euclidean, between the summaries of the teachers that choose, each centred and scaled to a total
     variance of 1 over the bank. Of few images not all are near: there are at most √L neighbours of L that lend. No host
     sync.
@@ -105,22 +113,19 @@ def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours
         chosen = [(names[one], summary[names[one]][rows].float()) for one in by]
         return torch.cat([(one_BD - mean[name]) / scale[name] for name, one_BD in chosen], 1)
 
-    terms: list[tuple[Loan, Tensor, Tensor, Tensor]] = []
+    terms: list[tuple[Loan, Tensor, Tensor]] = []
     for loan in given:
         rows_L = torch.nonzero(among(bank.group_M, loan.of))[:, 0]
-        lent_LD, to = bank.summary[names[loan.teacher]][rows_L], torch.tensor(loan.to, device=rows_L.device)
-        terms.append((loan, keys(bank.summary, loan.by, rows_L), lent_LD, to))
+        terms.append((loan, keys(bank.summary, loan.by, rows_L), bank.summary[names[loan.teacher]][rows_L]))
 
-    def lend(summary: Mapping[str, Tensor], group_B: Tensor, row_B: Tensor) -> dict[str, Tensor]:
+    def lend(summary: Mapping[str, Tensor], row_B: Tensor) -> dict[str, Tensor]:
         told = dict(summary)
-        for loan, keys_LK, lent_LD, to in terms:
+        for loan, keys_LK, lent_LD in terms:
             away_BL = torch.cdist(keys(summary, loan.by, slice(None)), keys_LK)
             nearest_BC = away_BL.topk(min(neighbours, math.isqrt(len(lent_LD))), largest=False).indices
             borrowed_BD = lent_LD[nearest_BC].mean(1)
-            sure_BS = sure_NS[row_B]
-            knows_B = sure_BS[:, loan.teacher] >= _choosing(sure_BS, loan)
-            name, borrows_B = names[loan.teacher], (group_B[:, None] == to).any(1) & ~knows_B
-            told[name] = torch.where(borrows_B[:, None], borrowed_BD.to(told[name].dtype), told[name])
+            name, asks_B1 = names[loan.teacher], asks_NS[row_B, loan.teacher][:, None]
+            told[name] = torch.where(asks_B1, borrowed_BD.to(told[name].dtype), told[name])
         return told
 
     return lend

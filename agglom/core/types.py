@@ -184,7 +184,7 @@ class Balancer:
 
     `init() -> state`; `weigh(state, table, group_B, generator) -> w_BT` reads the state only and needs no
     collective; `update(state, stats) -> state` runs once per optimizer step on sums over all micro-batches and ranks.
-    `lend(summaries, group_B, row_B) -> summaries`, of a balancer that has it, puts others in the place of raw summaries
+    `lend(summaries, row_B) -> summaries`, of a balancer that has it, puts others in the place of raw summaries
     (`core.borrowing`).
     """
 

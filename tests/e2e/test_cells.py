@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
-from agglom import measure
+from agglom import confidence, measure
 from agglom.core import borrowing, losses
 from agglom.core.cells import listening
 
@@ -93,7 +93,8 @@ def test_images_of_a_group_hear_teachers_by_how_sure_these_are_of_them(lab, monk
 
 
 def test_a_group_borrows_what_a_teacher_does_not_know_of_it(lab, stop_at, monkeypatch):
-    """B asks two which images of A are like its own, for what one says of them; and so it does after a resume."""
+    """B asks two which images of A are like its own, for what one says of them, but where one is as sure of an image as
+    two; and so it does after a resume."""
     # AUROC by group, of fair, one and two: one knows A alone, and fair nobody.
     found = torch.tensor([[0.7, 0.95, 0.95], [0.7, 0.6, 0.95]], dtype=torch.float64)
     judge = measure.judged
@@ -101,6 +102,15 @@ def test_a_group_borrows_what_a_teacher_does_not_know_of_it(lab, stop_at, monkey
         measure, "judged", lambda *given: judge(*given)._replace(shrunk_GP=found[:, : given[1].shape[1]])
     )
     monkeypatch.setattr(borrowing, "LEAST", 10)
+    with (lab.images / "manifest.csv").open() as file:
+        manifest = list(csv.DictReader(file))
+    group_N = np.array([row["device"] for row in manifest])
+    train_N = np.array([row["split"] == "train" for row in manifest])
+    asks_N = train_N & (group_N == "B")
+    knows_N = asks_N & (asks_N.cumsum() == 2)  # the second of them
+    sure_NS = torch.full((len(manifest), 3), 0.7)
+    sure_NS[asks_N & ~knows_N, 1] = 0.6
+    monkeypatch.setattr(confidence, "measure", lambda *given: sure_NS)
     seen, real = [], losses.table
 
     def table(columns, predicted, wanted, present, **more):
@@ -116,40 +126,39 @@ def test_a_group_borrows_what_a_teacher_does_not_know_of_it(lab, stop_at, monkey
 
     monkeypatch.setattr(losses, "table", table)
     monkeypatch.setattr(losses, "objective", weighed)
-    changes = CELLS | {"balance": CELLS["balance"] | {"options": {"support": 2, "by": "labels", "borrow": 3}}}
+    changes = CELLS | {"balance": CELLS["balance"] | {"options": {"support": 2, "borrow": 3}}}
     # Nothing else moves the targets: all sees the whole image, at the size of the evaluation.
     changes |= {"augment.crop": [1.0, 1.0], "evaluate.size": 64}
     out = lab.run("out", changes)
-    with (lab.images / "manifest.csv").open() as file:
-        manifest = list(csv.DictReader(file))
-    group_N = np.array([row["device"] for row in manifest])
-    train_N = np.array([row["split"] == "train" for row in manifest])
     raw = {name: load_file(out / "features" / f"{name}.safetensors")["summary"] for name in ("one", "two")}
     lent_N = train_N & (group_N == "A")
     near = NearestNeighbors(n_neighbors=3).fit(raw["two"][lent_N]).kneighbors(raw["two"], return_distance=False)
     borrowed_ND = raw["one"][lent_N][torch.as_tensor(near)].mean(1)
-    expected_ND = torch.where(torch.as_tensor(group_N == "B")[:, None], borrowed_ND, raw["one"])
+    borrows_N = torch.as_tensor(asks_N & ~knows_N)
+    assert borrows_N.any()
+    expected_ND = torch.where(borrows_N[:, None], borrowed_ND, raw["one"])
     asked = [(row_B, told) for row_B, told in rows[-12:]]  # those of the second stage
-    assert any((group_N[row_B] == "B").any() for row_B, _ in asked)
+    assert any(borrows_N[row_B].any() for row_B, _ in asked)
     for row_B, told in asked:
         torch.testing.assert_close(told["one"], expected_ND[row_B], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(told["two"], raw["two"][row_B], atol=1e-4, rtol=1e-4)
     reasons = json.loads((out / "reports" / "full.json").read_text())["context"]["reasons"]
-    assert reasons["borrowed"] == [{"teacher": "one", "groups": ["B"], "by": ["two"], "of": ["A"]}]
+    who = {"teacher": "one", "groups": ["B"], "by": ["two"], "of": ["A"]}
+    assert reasons["borrowed"] == [who | {"images": int(borrows_N.sum()), "of_images": int(asks_N.sum())}]
     for report in ("full.md", "full.html"):
         said = (out / "reports" / report).read_text()
-        assert "B: what one says of images of A, those that two finds most alike" in said
-
-    spread_GT = load_file(out / "measured" / "full.safetensors")["spread_GT"]
-    assert spread_GT[1, 2] < spread_GT[0, 2], "a mean of several varies less"
+        assert "B: what one says of images of A, those that two finds most alike (2 of 3 train images)" in said
 
     stop_at(9)
     assert lab.distill("again", changes) == 130
     lab.run("again", changes)
     assert lab.same(lab.weights(lab.folder / "again"), lab.weights(out))
-    alone = {"balance": CELLS["balance"] | {"options": {"support": 2, "by": "labels", "borrow": 0}}}
+    alone = {"balance": CELLS["balance"] | {"options": {"support": 2, "borrow": 0}}}
     kept = lab.run("kept", changes | alone)
     assert not lab.same(lab.weights(kept), lab.weights(out))
+    own_GT, spread_GT = (load_file(one / "measured" / "full.safetensors")["spread_GT"] for one in (kept, out))
+    assert torch.equal(own_GT[0], spread_GT[0])
+    assert own_GT[1, 2] != spread_GT[1, 2], "noise and spread are of what is asked for"
 
 
 def test_without_labels_it_asks_for_views(lab, capsys):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsRegressor
 
 from agglom.core import borrowing
-from agglom.core.borrowing import LEAST, Bank, Loan, lender, reliable
+from agglom.core.borrowing import LEAST, Bank, Loan, borrowers, lender, reliable
 
 NAMES = ("a", "b", "c")
 
@@ -86,8 +86,8 @@ def test_loans_by_their_definition(right):
 def told_to(asked, given, stored, neighbours, sure=math.nan):
     """Of images in the order of the rows; by default it is not known how sure teachers are of them."""
     images = len(asked.group_M)
-    sure_NS = torch.as_tensor(sure).expand(images, len(NAMES))
-    return lender(given, NAMES, stored, neighbours, sure_NS)(asked.summary, asked.group_M, torch.arange(images))
+    asks_NS = borrowers(torch.as_tensor(sure).expand(images, len(NAMES)), asked.group_M, given)
+    return lender(given, NAMES, stored, neighbours, asks_NS)(asked.summary, torch.arange(images))
 
 
 def test_nearest_neighbours_agree_with_scikit_learn():

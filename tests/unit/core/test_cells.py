@@ -448,13 +448,14 @@ def test_who_borrows_hears_the_summary_of_a_teacher_as_much_as_those_who_choose(
     assert float(w_BT[1, 0] / w_BT[1, 2]) == pytest.approx(behind)
     assert float(w_BT[2, 0] / w_BT[2, 2]) == pytest.approx(1 / behind), "it knows this image, and keeps its own"
     summary = {name: one_MD[[1, 0, 4]] for name, one_MD in known.bank.summary.items()}
-    told = balancer.lend(summary, torch.tensor([1, 0, 1]), torch.arange(3))
+    told = balancer.lend(summary, torch.arange(3))
     assert (told["x"] != summary["x"]).any(1).tolist() == [True, False, False]
 
 
 def test_nothing_is_borrowed_where_it_is_not_asked_for():
-    known = lent(sure_NS=tensor([[0.6, 0.9]]))
+    facts, known = replace(of(), group_N=torch.tensor([1])), lent(sure_NS=tensor([[0.6, 0.9]]))
+    assert balance.cells(cells=facts, measured=known).lend is not None
     for options in ({"borrow": 0}, {"by": "views"}, {"by": "labels"}):
-        assert balance.cells(cells=of(), measured=known, **options).lend is None
+        assert balance.cells(cells=facts, measured=known, **options).lend is None
     for nothing in (measured(sure_NS=known.sure_NS), lent()):
-        assert balance.cells(cells=of(), measured=nothing).lend is None
+        assert balance.cells(cells=facts, measured=nothing).lend is None
