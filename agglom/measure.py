@@ -10,6 +10,7 @@ Shape suffixes: G groups, S teachers, T columns of the loss table, N scored rows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -26,6 +27,7 @@ from agglom.assemble import Run, batches
 from agglom.core import borrowing, cells, groups, losses, metrics
 from agglom.core.borrowing import Bank, Lend, Loan
 from agglom.core.cells import Measured
+from agglom.core.metrics import Estimate
 from agglom.core.types import Features
 from agglom.errors import CacheError
 from agglom.job import Acquisition, Views
@@ -259,8 +261,7 @@ def judged(
         """Value and standard error of everybody, then of each group."""
         known_N = ~(torch.isnan(y_N) | torch.isnan(p_N))
         kept = [member_N & known_N for member_N in members]
-        each = [metrics.evaluate("auroc", y_N[one], p_N[one], patient_N[one], min_patients=1) for one in kept]
-        return [(one.value, (one.hi - one.lo) / (2 * Z)) for one in each]
+        return [_auroc(metrics.evaluate("auroc", y_N[one], p_N[one], patient_N[one], min_patients=1)) for one in kept]
 
     of_labels = [torch.full((2 * len(members) - 1, score_LPN.shape[1]), torch.nan, dtype=torch.float64)]
     for y_N, score_PN in zip(label_LN, score_LPN, strict=True):
@@ -269,6 +270,14 @@ def judged(
         of_labels.append(torch.cat([value_MP, cells.shrunk(value_MP[1:], error_MP[1:], value_MP[0])]))
     mean = torch.stack(of_labels).nanmean(0)
     return Found(mean[1 : len(members)], mean[len(members) :], mean[0], patients_G)
+
+
+def _auroc(found: Estimate) -> tuple[float, float]:
+    """Value and standard error; one score for all puts nobody before another, as one drawn at random does: ½, with the
+    error of the rank-sum test."""
+    if found.status == "constant_score":
+        return 0.5, math.sqrt((found.n_pos + found.n_neg + 1) / (12 * found.n_pos * found.n_neg))
+    return found.value, (found.hi - found.lo) / (2 * Z)
 
 
 def floors(run: Run, normalisers: Mapping[str, Normaliser], lend: Lend | None = None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """The real DeepSpeed launcher with two ranks on the CPU. A launch takes two cores for about 20 s: `make test`
 has five."""
 
+import csv
+import json
 import os
 import re
 import signal
@@ -14,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import agglom
+from agglom.data import simulate
 from agglom.engine import checkpoints, read_weights
 
 ROOT = Path(agglom.__file__).parents[1]
@@ -81,8 +84,28 @@ def test_two_ranks_are_one(lab, two_ranks, whole):
 
 @pytest.mark.slow
 def test_two_ranks_are_one_where_images_choose_their_teachers(lab, workshop):
-    balance = {"kind": "cells", "group": "device", "options": {"support": 2, "by": "images"}}
-    changes = {"data.labels": ["even"], "balance": balance}
+    """And where images of device B, of which the first teacher says nothing, borrow what it says of others."""
+    folder = workshop.folder / "more"
+    simulate.digits(folder, train=900, val=120, test=16)
+    with (folder / "manifest.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    first = [row for row in rows if (row["split"], row["device"]) == ("train", "A")][:100]
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in rows if row in first or (row["split"], row["device"]) != ("train", "A"))
+    reads = {"width": 64, "patch": 32}
+    changes = {
+        "data.manifest": str(folder / "manifest.csv"),
+        "data.labels": ["even"],
+        # Images of device B are brighter, and no others.
+        "teachers.one.options": reads | {"seed": 1, "blind_above": 0.45},
+        "teachers.two.options": reads | {"seed": 2},
+        "teachers.fair": None,
+        "balance": {"kind": "cells", "group": "device"},
+        # One, as its student may order two patients otherwise by rounding alone.
+        "stages": [{"name": "full", "length": "6 steps", "size": 64}],
+    }
     out = workshop.folder / "cells"
     status, output = launch(workshop.config(changes), out)
     assert status == 0, output
@@ -91,6 +114,13 @@ def test_two_ranks_are_one_where_images_choose_their_teachers(lab, workshop):
     found, expected = (load_file(folder / "measured" / "full.safetensors")["sure_NS"] for folder in (out, one))
     assert found.isfinite().any()
     torch.testing.assert_close(found, expected, equal_nan=True)
+    reasons = [
+        json.loads((folder / "reports" / "full.json").read_text())["context"]["reasons"] for folder in (out, one)
+    ]
+    assert reasons[0]["borrowed"] == reasons[1]["borrowed"]
+    (loan,) = reasons[0]["borrowed"]
+    assert (loan["teacher"], loan["groups"], loan["by"], loan["of"]) == ("one", ["B"], ["two"], ["A"])
+    assert loan["images"] > 50
 
 
 def test_zero_3_reproduces_zero_1(lab, two_ranks, workshop):

@@ -61,6 +61,7 @@ def build(
     weights: str = "",
     nan_at: int = 0,
     nan_above: float = 0.5,
+    blind_above: float = 1.0,
     text: bool = False,
     patch: int = PATCH,
     size: int | None = None,
@@ -68,7 +69,8 @@ def build(
     """A frozen random encoder.
 
     weights: a file whose content is part of the fingerprint; nan_at: at this image size, the summary of an image
-    whose mean exceeds `nan_above` is NaN; text: whether it has a text tower; size: pin the side of its input.
+    whose mean exceeds `nan_above` is NaN; blind_above: of an image whose mean exceeds it the summary says nothing;
+    text: whether it has a text tower; size: pin the side of its input.
     """
     net = Net(seed, width, patch).eval().requires_grad_(False)
     batches = [0]
@@ -82,9 +84,9 @@ def build(
             else:
                 os.killpg(0, signal.SIGTERM)
         features = net(pixels_BCHW)
-        if size == nan_at:
-            bright_B1 = pixels_BCHW.mean((1, 2, 3))[:, None] > nan_above
-            features = features._replace(summary_BD=features.summary_BD.masked_fill(bright_B1, float("nan")))
+        bright_B1 = pixels_BCHW.mean((1, 2, 3))[:, None]
+        for above, said in ((nan_above if size == nan_at else 1.0, float("nan")), (blind_above, 0.0)):
+            features = features._replace(summary_BD=features.summary_BD.masked_fill(bright_B1 > above, said))
         return features
 
     content = Path(weights).read_bytes() if weights else b""
@@ -93,7 +95,9 @@ def build(
         encode=encode,
         dims=Dims(width, width),
         pixels=PixelSpec(mean=(0.5,) * 3, std=(1.0,) * 3, patch=patch, size=size),
-        fingerprint=hashlib.sha256(content + repr((seed, width, nan_at, patch, size)).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(
+            content + repr((seed, width, nan_at, blind_above, patch, size)).encode()
+        ).hexdigest(),
         licence="none",
         text=partial(speak, width) if text else None,
     )

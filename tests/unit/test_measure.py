@@ -129,3 +129,15 @@ def test_a_predictor_that_scores_nobody_is_not_known():
     )
     assert found.raw_GP.isnan().all()
     assert found.shrunk_GP.isnan().all()
+
+
+def test_who_scores_all_of_a_group_alike_tells_nothing_of_it():
+    """And is not taken to be as good there as elsewhere."""
+    rng = np.random.default_rng(2)
+    y_N, p_PN = scores(rng, 600, (1.0, 1.0))
+    group_N = torch.arange(600) % 2
+    p_PN[0, group_N == 1] = 0.3
+    found = measure.judged(y_N[None], p_PN[None], torch.arange(600), group_N, ("A", "B"), 30)
+    assert found.raw_GP[1, 0] == 0.5
+    assert found.shrunk_GP[1, 0] < 0.6
+    assert found.raw_GP[0, 0] > 0.8
