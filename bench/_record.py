@@ -21,6 +21,7 @@ from scipy import stats
 AGAIN = 1000  # added to a seed: the same images and teachers, another student
 MOST = 4  # groups that have columns of their own
 AT_MOST = 0.5  # points of the majority
+NEAR = 0.5  # points of the worst group, the noise of a comparison
 OF_ALL, OF_WORST, OF_GAP = "all", "worst", "gap"
 
 
@@ -151,16 +152,21 @@ def below(by: By, methods: Iterable[str]) -> Iterator[str]:
 
 
 def tuned(by: By, methods: Iterable[str], majority: str) -> list[str]:
-    """Of methods that differ in a number alone, that which lifts the worst group most and costs the majority no more
-    than AT_MOST, or none."""
-    found: dict[str, tuple[float, str]] = {}
+    """Of methods that differ in one number, and cost the majority no more than AT_MOST, that which lifts the worst
+    group most; of those within NEAR of it that which is best for the majority. Or none."""
+    found: dict[str, list[tuple[float, float, str]]] = {}
     for method in methods:
         if method != "uniform" and (method, OF_ALL) in by:
-            kind = re.sub(r"[\d.]+", "…", method)
-            known = found.setdefault(kind, (-math.inf, f"{kind}: none"))
-            if estimate(by, method, majority, "uniform").value >= -AT_MOST:
-                found[kind] = max(known, (estimate(by, method, OF_WORST, "uniform").value, method))
-    return [method for _, method in found.values()]
+            allowed = found.setdefault(re.sub(r"[^,]+ = [\d.]+|[\d.]+", " …", method), [])
+            won, kept = (estimate(by, method, what, "uniform").value for what in (OF_WORST, majority))
+            if kept >= -AT_MOST:
+                allowed.append((won, kept, method))
+    return [
+        max((one for one in allowed if one[0] >= max(allowed)[0] - NEAR), key=lambda one: one[1])[2]
+        if allowed
+        else f"{kind}: none"
+        for kind, allowed in found.items()
+    ]
 
 
 def plot(by: By, methods: Iterable[str], path: Path) -> None:

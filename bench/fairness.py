@@ -129,11 +129,12 @@ METHODS = {
     "cells, by labels": Method(LABELS),
     "cells, by views": Method(partial(CELLS, by="views")),
     "cells, fed back twice": Method(CELLS, stages=3),
-    "cells, borrowing alone": Method(partial(LABELS, tau=1e6, temperature=1e6)),
+    "cells, τ = 0.2": Method(partial(CELLS, tau=0.2)),
+    "cells, borrowing alone": Method(partial(CELLS, tau=1e6, temperature=1e6)),
     "cells, nothing borrowed": Method(OWN),
     "cells, reliability alone": Method(partial(OWN, tau=1e6)),
     "cells, tilt alone": Method(partial(OWN, by="labels", temperature=1e6)),
-    "cells + MFD, weight 0.1": Method(CELLS, mfd=0.1),
+    "cells + MFD, tuned": Method(CELLS, mfd=0.03),
     "cells, nothing borrowed, + MFD, weight 0.1": Method(OWN, mfd=0.1),
     "views": Method(balance.uniform, seen=ANY),
     "views + cells": Method(CELLS, seen=ANY),
@@ -143,10 +144,10 @@ METHODS = {
 # The small student of these is trained TIMES times for the same images.
 OFTEN = (
     *("uniform", "inverse frequency, tuned", "MFD, tuned", "MFD, weight 0.1", "cells", "cells, nothing borrowed"),
-    *("cells + MFD, weight 0.1", "cells, nothing borrowed, + MFD, weight 0.1", "views", "views + cells"),
+    *("cells + MFD, tuned", "cells, nothing borrowed, + MFD, weight 0.1", "views", "views + cells"),
 )
 TIMES = 3
-OURS = ("cells", "cells + MFD, weight 0.1")
+OURS = ("cells", "cells + MFD, tuned")
 # What is chosen from, on validation.
 GRID = {
     "uniform": Method(balance.uniform),
@@ -166,7 +167,7 @@ OF_STUDENTS = {
     "small": tuple(METHODS),
     "wide": ("uniform", "views + cells"),
     "wide, from the weights of a teacher": (
-        *("uniform", "MFD, weight 0.1", "cells", "cells + MFD, weight 0.1", "views + cells"),
+        *("uniform", "MFD, weight 0.1", "cells", "cells + MFD, tuned", "views + cells"),
         *("cells, nothing borrowed", "cells, nothing borrowed, + MFD, weight 0.1"),
     ),
     "wide, from the weights of a teacher, four times as long": (
