@@ -103,14 +103,14 @@ def _borrowed(run: Run, stage: str, known: Mapping[str, Tensor]) -> list[dict[st
     train_N = torch.as_tensor(run.manifest.rows("train"))
     told = []
     for loan in _loans(run, stage, known):
-        asks_N = borrowing.borrowers(known["sure_NS"], space.index_N, [loan])[train_N, loan.teacher]
+        asks_N1 = borrowing.borrowers(known["sure_NS"], space.index_N, [loan])[train_N]
         told.append(
             {
                 "teacher": names[loan.teacher],
                 "groups": [space.values[group] for group in loan.to],
                 "by": [names[one] for one in loan.by],
                 "of": [space.values[group] for group in loan.of],
-                "images": int(asks_N.sum()),
+                "images": int(asks_N1.sum()),
                 "of_images": int(borrowing.among(space.index_N[train_N], loan.to).sum()),
             }
         )
@@ -196,8 +196,8 @@ def _floors(
     lend = None
     if bank is not None:
         given = _loans(run, stage, known)
-        asks_NS = borrowing.borrowers(known["sure_NS"], run.balance_space.index_N, given).to(run.world.device)
-        lend = borrowing.lender(given, tuple(teachers(run)), bank, _option(run, "borrow"), asks_NS)
+        asks_NJ = borrowing.borrowers(known["sure_NS"], run.balance_space.index_N, given).to(run.world.device)
+        lend = borrowing.lender(given, tuple(teachers(run)), bank, _option(run, "borrow"), asks_NJ)
     noise_GT, spread_GT = floors(run, normalisers, lend)
     return {"noise_GT": noise_GT.cpu(), "spread_GT": spread_GT.cpu()}
 

@@ -10,15 +10,16 @@ images, devices or patients, the teachers that are trained, and the student; sin
 images alone move a small student by many points, some methods have three students for the same images.
 
 Every method has the defaults of its paper, unless it is called tuned: tuning chose, on 8,000 validation images of four
-other seeds, what lifts the worst group most of what costs the majority no more than half a point. The τ of `cells` was
-chosen so, too; its temperature, and that targets are borrowed at all, after trials on two of these seeds. `cells` reads
-the labels of train and validation images, by probes of the teachers, MFD those of the train images in its loss, nobody
-else any. `cells, nothing borrowed` has what was best before there was borrowing: a temperature of .04 and a τ of .5.
-`best` is the best teacher of a group.
+other seeds, what lifts the worst group most of what costs the majority no more than half a point, and of what comes
+within half a point of that, which is noise, what is best for the majority. The options of `cells` were looked at so,
+too; that targets are borrowed at all after trials on two of these seeds. `cells` reads the labels of train and
+validation images, by probes of the teachers, MFD those of the train images in its loss, nobody else any. `cells,
+nothing borrowed` has what was best before there was borrowing: a temperature of .04 and a τ of .5. `best` is the best
+teacher of a group.
 
-With a weight of .1 MFD costs the majority more than that rule allows; it is there for comparison, alone and beside
-`cells`. Larger students show what is left where capacity binds less; the wide one has the architecture of the teacher
-`majority` and may start from its weights, which have learnt the classes of other images.
+With a weight of .1 MFD costs the majority more than that rule allows; it is there for comparison. Larger students show
+what is left where capacity binds less; the wide one has the architecture of the teacher `majority` and may start from
+its weights, which have learnt the classes of other images.
 
 `views` lets the student see half of its images as agglom's generic acquisitions (all kinds, strength 1) would have
 taken them. Their families resemble the simulated device, which blurs, inverts, compresses and adds noise, too;
@@ -244,8 +245,8 @@ def measured(lesson: Lesson, borrow: int) -> Measured:
     loans = borrowing.loans(found.shrunk_GP, judged_GP, lends_G) if borrow else ()
     if loans:
         group_N = torch.where(m.seen_N < len(m.values), m.seen_N, -1)
-        asks_NS = borrowing.borrowers(lesson.sure_NS, group_N, loans)
-        lend = borrowing.lender(loans, tuple(goal), bank, borrow, asks_NS)
+        asks_NJ = borrowing.borrowers(lesson.sure_NS, group_N, loans)
+        lend = borrowing.lender(loans, tuple(goal), bank, borrow, asks_NJ)
         clean, twin = lend(clean, twin_M), lend(twin, twin_M)
     for column, name in enumerate(goal):
         for group, speaks_G in enumerate(speaks_GG > 0):

@@ -129,9 +129,9 @@ def cells(
 
     own, lend = heard(()), None
     lent = own
-    if borrow and measured.bank is not None and sure_NS is not None and group_N is not None:
-        asks_NS = borrowing.borrowers(sure_NS, group_N, measured.loans)
-        lend = borrowing.lender(measured.loans, cells.teachers, measured.bank, borrow, asks_NS)
+    if borrow and measured.loans and measured.bank is not None and sure_NS is not None and group_N is not None:
+        asks_NJ = borrowing.borrowers(sure_NS, group_N, measured.loans)
+        lend = borrowing.lender(measured.loans, cells.teachers, measured.bank, borrow, asks_NJ)
         lent = heard(measured.loans)
     summary_T = torch.ones_like(cells.teacher_T, dtype=torch.bool) if cells.summary_T is None else cells.summary_T
     rho_GT = torch.where(summary_T, lent[0][:, cells.teacher_T], own[0][:, cells.teacher_T])

@@ -8,7 +8,8 @@ to those of another. An image of which the first teacher is as sure as these kee
 annotation says. Labels take part only in that reliability was measured by them.
 
 Shape suffixes: B batch, N rows of the manifest, M images of the bank, L of these that lend, C nearest ones, K features
-by which images are compared, D features of the summary that is lent, G groups, S teachers, X groups or images.
+by which images are compared, D features of the summary that is lent, G groups, S teachers, J loans, X groups or
+images.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def reliable(right_XS: Tensor, group_X: Tensor, given: Sequence[Loan]) -> Tensor
     are who choose the images, on average, and never less than by themselves."""
     found_XS = right_XS.clone()
     for loan in given:
-        own_X, chosen_X = right_XS[:, loan.teacher], _choosing(right_XS, loan)
+        own_X, chosen_X = found_XS[:, loan.teacher], _choosing(right_XS, loan)
         found_XS[:, loan.teacher] = torch.where(among(group_X, loan.to), torch.fmax(own_X, chosen_X), own_X)
     return found_XS
 
@@ -89,16 +90,13 @@ def among(group_X: Tensor, groups: tuple[int, ...]) -> Tensor:
 
 
 def borrowers(sure_NS: Tensor, group_N: Tensor, given: Sequence[Loan]) -> Tensor:
-    """Which images borrow from a teacher (N × S, bool): those of which it is less sure than those who choose, and where
-    that is not known (NaN), all of the group."""
-    asks_NS = torch.zeros_like(sure_NS, dtype=torch.bool)
-    for loan in given:
-        knows_N = sure_NS[:, loan.teacher] >= _choosing(sure_NS, loan)
-        asks_NS[:, loan.teacher] |= among(group_N, loan.to) & ~knows_N
-    return asks_NS
+    """Which images take part in a loan (N × J, bool): those of which its teacher is less sure than those who choose,
+    and where that is not known (NaN), all of the group."""
+    knows_NJ = torch.stack([sure_NS[:, loan.teacher] >= _choosing(sure_NS, loan) for loan in given], 1)
+    return torch.stack([among(group_N, loan.to) for loan in given], 1) & ~knows_NJ
 
 
-def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours: int, asks_NS: Tensor) -> Lend:
+def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours: int, asks_NJ: Tensor) -> Lend:
     """What takes summaries (B, D) by teacher and rows of the manifest (B) to the same summaries with borrowed ones in
     the places of those that ask for it (`borrowers`).
 
@@ -120,11 +118,11 @@ def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours
 
     def lend(summary: Mapping[str, Tensor], row_B: Tensor) -> dict[str, Tensor]:
         told = dict(summary)
-        for loan, keys_LK, lent_LD in terms:
+        for (loan, keys_LK, lent_LD), asks_N in zip(terms, asks_NJ.T, strict=True):
             away_BL = torch.cdist(keys(summary, loan.by, slice(None)), keys_LK)
             nearest_BC = away_BL.topk(min(neighbours, math.isqrt(len(lent_LD))), largest=False).indices
             borrowed_BD = lent_LD[nearest_BC].mean(1)
-            name, asks_B1 = names[loan.teacher], asks_NS[row_B, loan.teacher][:, None]
+            name, asks_B1 = names[loan.teacher], asks_N[row_B][:, None]
             told[name] = torch.where(asks_B1, borrowed_BD.to(told[name].dtype), told[name])
         return told
 

@@ -86,8 +86,8 @@ def test_loans_by_their_definition(right):
 def told_to(asked, given, stored, neighbours, sure=math.nan):
     """Of images in the order of the rows; by default it is not known how sure teachers are of them."""
     images = len(asked.group_M)
-    asks_NS = borrowers(torch.as_tensor(sure).expand(images, len(NAMES)), asked.group_M, given)
-    return lender(given, NAMES, stored, neighbours, asks_NS)(asked.summary, torch.arange(images))
+    asks_NJ = borrowers(torch.as_tensor(sure).expand(images, len(NAMES)), asked.group_M, given)
+    return lender(given, NAMES, stored, neighbours, asks_NJ)(asked.summary, torch.arange(images))
 
 
 def test_nearest_neighbours_agree_with_scikit_learn():
@@ -138,6 +138,16 @@ def test_a_borrowed_target_is_as_reliable_as_those_who_choose_it():
     found_GS = reliable(right_GS, torch.arange(2), loans(right_GS))
     assert found_GS.tolist() == [[0.99, 0.97, 0.98], [pytest.approx(0.94), 0.95, 0.93]]
     assert right_GS[1, 0] == 0.80
+
+
+def test_a_teacher_may_borrow_for_two_groups_by_other_teachers():
+    stored, asked = bank(300, groups=3), bank(groups=3, seed=1)
+    both = [Loan(0, (1,), (0,), (1,)), Loan(0, (2,), (0,), (2,))]
+    told, (one, two) = told_to(asked, both, stored, 5), (told_to(asked, [loan], stored, 5) for loan in both)
+    expected_BD = torch.where((asked.group_M == 1)[:, None], one["a"], two["a"])
+    assert torch.equal(told["a"], expected_BD)
+    right_XS = auroc([[0.9, 0.9, 0.9], [0.6, 0.8, 0.7], [0.6, 0.7, 0.85]])
+    assert reliable(right_XS, torch.arange(3), both)[:, 0].tolist() == [0.9, 0.8, 0.85]
 
 
 def test_nor_does_borrowing_make_a_teacher_less_reliable():
