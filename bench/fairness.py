@@ -142,12 +142,11 @@ METHODS = {
     "views-unlike": Method(balance.uniform, seen=UNLIKE),
     "views-unlike + cells": Method(CELLS, seen=UNLIKE),
 }
-# The small student of these is trained TIMES times for the same images.
+# The small student of these is trained several times for the same images.
 OFTEN = (
     *("uniform", "inverse frequency, tuned", "MFD, tuned", "MFD, weight 0.1", "cells", "cells, nothing borrowed"),
     *("cells + MFD, tuned", "cells, nothing borrowed, + MFD, weight 0.1", "views", "views + cells"),
 )
-TIMES = 3
 OURS = ("cells", "cells + MFD, tuned")
 # What is chosen from, on validation.
 GRID = {
@@ -487,7 +486,7 @@ def tasks(options: argparse.Namespace) -> Iterator[list[Task]]:
             asked = [(student, method) for student in options.students for method in OF_STUDENTS[student]]
             first = [Task("A", "", *one, seed) for one in asked]
             more = [one for one in first if one.student == "small" and one.method in OFTEN]
-            yield first + [one._replace(seed=seed + again * AGAIN) for again in range(1, TIMES) for one in more]
+            yield first + [one._replace(seed=seed + again * AGAIN) for again in range(1, options.times) for one in more]
     if "B" in options.settings:
         folds = range(FIRST, FIRST + FOLDS)
         yield from ([Task("B", "", "small", method, seed) for method in IN_B] for seed in folds)
@@ -588,6 +587,7 @@ def main() -> None:
     cli.set_defaults(json=RESULTS / "fairness.json")
     cli.add_argument("--source", type=Path, default=simulate.FASHION, help=f"(default {simulate.FASHION})")
     cli.add_argument("--seeds", type=int, default=5, help=f"from {FIRST} on (default 5)")
+    cli.add_argument("--times", type=int, default=3, help="students of some methods for the same images (default 3)")
     cli.add_argument("--students", nargs="+", choices=STUDENTS, default=["small"], help="of (A) (default small)")
     whole = ["tuning", "A", "cases", "B"]
     cli.add_argument("--settings", nargs="+", choices=whole, default=whole, help="(default all)")
