@@ -259,8 +259,8 @@ def reasons(drawn: Mapping[str, Any] | None, given: Mapping[str, Any] | None) ->
     head = ["group", "patients", *names, *rights, "student before", *(f"noise, {name}" for name in names)]
     borrowed = [
         f"{listed(one['groups'])}: what {one['teacher']} says of images of {listed(one['of'])}, those that "
-        f"{listed(one['by'])} find{'s' * (len(one['by']) == 1)} most alike ({one['images']:,} of "
-        f"{count(one['of_images'], 'train image')})"
+        f"{listed(one['by'])} find{'s' * (len(one['by']) == 1)} most alike, for {one['images']:,} of "
+        f"{count(one['of_images'], 'train image')}"
         for one in given.get("borrowed", ())
     ]
     return {"stage": given["stage"], "head": head, "lines": lines, "borrowed": borrowed}

@@ -147,7 +147,7 @@ def test_a_group_borrows_what_a_teacher_does_not_know_of_it(lab, stop_at, monkey
     assert reasons["borrowed"] == [who | {"images": int(borrows_N.sum()), "of_images": int(asks_N.sum())}]
     for report in ("full.md", "full.html"):
         said = (out / "reports" / report).read_text()
-        assert "B: what one says of images of A, those that two finds most alike (2 of 3 train images)" in said
+        assert "B: what one says of images of A, those that two finds most alike, for 2 of 3 train images" in said
 
     stop_at(9)
     assert lab.distill("again", changes) == 130
