@@ -167,7 +167,7 @@ def _loans(run: Run, stage: str, known: Mapping[str, Tensor]) -> tuple[Loan, ...
 
     A specialist has no part: whom it serves may be another matter than the groups that are weighed.
     """
-    if not _option(run, "borrow") or "sure_NS" not in known or not run.job.loss.summary_weight:
+    if not (_option(run, "borrow") or 0) > 0 or "sure_NS" not in known or not run.job.loss.summary_weight:
         return ()
     (active,) = (one.teachers for one in run.plan.stages if one.name == stage)
     taking_part_S = torch.tensor([name in active and name not in run.served for name in teachers(run)])

@@ -152,12 +152,12 @@ def below(by: By, methods: Iterable[str]) -> Iterator[str]:
 
 
 def tuned(by: By, methods: Iterable[str], majority: str) -> list[str]:
-    """Of methods that differ in one number, and cost the majority no more than AT_MOST, that which lifts the worst
-    group most; of those within NEAR of it that which is best for the majority. Or none."""
+    """Of variants of a method, in each of which one number is another, and that cost the majority no more than AT_MOST,
+    that which lifts the worst group most; of those within NEAR of it that which is best for the majority. Or none."""
     found: dict[str, list[tuple[float, float, str]]] = {}
     for method in methods:
         if method != "uniform" and (method, OF_ALL) in by:
-            allowed = found.setdefault(re.sub(r"[^,]+ = [\d.]+|[\d.]+", " …", method), [])
+            allowed = found.setdefault(re.sub(r" [^,]+ = [\d.]+| [\d.]+", " …", method), [])
             won, kept = (estimate(by, method, what, "uniform").value for what in (OF_WORST, majority))
             if kept >= -AT_MOST:
                 allowed.append((won, kept, method))

@@ -81,10 +81,10 @@ def cells(
       which a step counts `ema`, lag_g by how much of the skill of its best teacher the student fell short in the last
       evaluation; a group whose best teacher is less than .2 above chance counts less, to a quarter, so that one that
       is only noise takes nothing from the others. `floor`·p_g ≤ q_g ≤ `cap`·p_g;
-    - where the AUROC of a teacher in the group is clearly below the best and its R on the image below that of those who
-      know the group, its summary is the mean of what it says of the `borrow` images of other groups that are most alike
-      to these (`core.borrowing`); it then counts as much as they do, its patches as before. Nothing is borrowed with 0,
-      nor `by` labels or views.
+    - where the AUROC of a teacher in the group is clearly below the best and its R on the image below the mean of those
+      who know the group, or not known, its summary is the mean of what it says of the `borrow` images of other groups
+      that are most alike to these (`core.borrowing`); it then counts as much as they do, its patches as before. Nothing
+      is borrowed with 0, nor `by` labels or views.
 
     A group of fewer than `support` rows has the losses of its parents (`core.cells.speakers`). One that is absent from
     a step keeps its weight, and the others share theirs. A sample without annotation has q = p and, where it has none

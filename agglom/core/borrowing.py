@@ -4,8 +4,8 @@ A teacher that reads a group poorly teaches it nothing, and where it is merely w
 told what images of the group have in common with those of others in the eyes of that teacher. So the target is
 borrowed. The teachers that do know the group say which images of other groups are most like this one, and the target is
 the mean of what the first teacher says of those: regression by nearest neighbours, from the features of some teachers
-to those of another. An image of which the first teacher is as sure as these keeps its own target, whatever its
-annotation says. Labels take part only in that reliability was measured by them.
+to those of another. An image of which the first teacher is found to be as sure as these keeps its own target.
+Labels take part only in that reliability was measured by them.
 
 Shape suffixes: B batch, N rows of the manifest, M images of the bank, L of these that lend, C nearest ones, K features
 by which images are compared, D features of the summary that is lent, G groups, S teachers, J loans, X groups or
