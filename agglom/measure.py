@@ -101,9 +101,9 @@ def _borrowed(run: Run, stage: str, known: Mapping[str, Tensor]) -> list[dict[st
     """Who borrows what in a stage, by name."""
     names, space = teachers(run), run.balance_space
     train_N = torch.as_tensor(run.manifest.rows("train"))
-    told = []
+    group_N, told = space.index_N[train_N], []
     for loan in _loans(run, stage, known):
-        asks_N1 = borrowing.borrowers(known["sure_NS"], space.index_N, [loan])[train_N]
+        asks_N1 = borrowing.borrowers(known["sure_NS"][train_N], group_N, [loan])
         told.append(
             {
                 "teacher": names[loan.teacher],
@@ -111,7 +111,7 @@ def _borrowed(run: Run, stage: str, known: Mapping[str, Tensor]) -> list[dict[st
                 "by": [names[one] for one in loan.by],
                 "of": [space.values[group] for group in loan.of],
                 "images": int(asks_N1.sum()),
-                "of_images": int(borrowing.among(space.index_N[train_N], loan.to).sum()),
+                "of_images": int(borrowing.among(group_N, loan.to).sum()),
             }
         )
     return told
@@ -273,10 +273,11 @@ def judged(
 
 
 def _auroc(found: Estimate) -> tuple[float, float]:
-    """Value and standard error; one score for all puts nobody before another, as one drawn at random does: ½, with the
-    error of the rank-sum test."""
+    """Value and standard error; one score for all puts nobody before another, as one drawn at random for each patient
+    does: ½, with the error of the rank-sum test, larger by as much as there are more images than patients."""
     if found.status == "constant_score":
-        return 0.5, math.sqrt((found.n_pos + found.n_neg + 1) / (12 * found.n_pos * found.n_neg))
+        clustered = found.n / found.n_patients
+        return 0.5, math.sqrt(clustered * (found.n + 1) / (12 * found.n_pos * found.n_neg))
     return found.value, (found.hi - found.lo) / (2 * Z)
 
 

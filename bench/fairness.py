@@ -243,8 +243,7 @@ def measured(lesson: Lesson, borrow: int) -> Measured:
     lends_G = torch.bincount(lends_M[(lends_M >= 0) & (lends_M < len(m.values))], minlength=len(m.values))
     loans = borrowing.loans(found.shrunk_GP, judged_GP, lends_G) if borrow else ()
     if loans:
-        group_N = torch.where(m.seen_N < len(m.values), m.seen_N, -1)
-        asks_NJ = borrowing.borrowers(lesson.sure_NS, group_N, loans)
+        asks_NJ = borrowing.borrowers(lesson.sure_NS, lesson.group_N, loans)
         lend = borrowing.lender(loans, tuple(goal), bank, borrow, asks_NJ)
         clean, twin = lend(clean, twin_M), lend(twin, twin_M)
     for column, name in enumerate(goal):
@@ -352,6 +351,11 @@ class Lesson:
     def sure_NS(self) -> Tensor:
         return sure(self.m, self.probes)
 
+    @property
+    def group_N(self) -> Tensor:
+        """Those that methods are told of, −1 for others."""
+        return torch.where(self.m.seen_N < len(self.m.values), self.m.seen_N, -1)
+
     def lent(self, balancer: Callable[..., Balancer], lend: Lend) -> dict[str, Tensor]:
         """The targets, with what train images borrow."""
 
@@ -387,8 +391,7 @@ def train(lesson: Lesson, method: Method, size: Size, seed: int, steps: int, bat
     share_G = count_G / len(m.fit)
     if method.resample:
         share_G = (count_G > 0) * share_G.sum() / (count_G > 0).sum()
-    group_N = torch.where(m.seen_N < len(m.values), m.seen_N, -1)
-    more = {"groups": m.values, "teachers": names, "count_G": count_G, "group_N": group_N}
+    more = {"groups": m.values, "teachers": names, "count_G": count_G, "group_N": lesson.group_N}
     facts = Cells(share_G, torch.arange(len(goal)), batch, len(m.fit), **more)
 
     def informed(known: Measured | None) -> Balancer:

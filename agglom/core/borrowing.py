@@ -111,14 +111,14 @@ def lender(given: Sequence[Loan], names: tuple[str, ...], bank: Bank, neighbours
         chosen = [(names[one], summary[names[one]][rows].float()) for one in by]
         return torch.cat([(one_BD - mean[name]) / scale[name] for name, one_BD in chosen], 1)
 
-    terms: list[tuple[Loan, Tensor, Tensor]] = []
-    for loan in given:
+    terms: list[tuple[Loan, Tensor, Tensor, Tensor]] = []
+    for loan, asks_N in zip(given, asks_NJ.T, strict=True):
         rows_L = torch.nonzero(among(bank.group_M, loan.of))[:, 0]
-        terms.append((loan, keys(bank.summary, loan.by, rows_L), bank.summary[names[loan.teacher]][rows_L]))
+        terms.append((loan, keys(bank.summary, loan.by, rows_L), bank.summary[names[loan.teacher]][rows_L], asks_N))
 
     def lend(summary: Mapping[str, Tensor], row_B: Tensor) -> dict[str, Tensor]:
         told = dict(summary)
-        for (loan, keys_LK, lent_LD), asks_N in zip(terms, asks_NJ.T, strict=True):
+        for loan, keys_LK, lent_LD, asks_N in terms:
             away_BL = torch.cdist(keys(summary, loan.by, slice(None)), keys_LK)
             nearest_BC = away_BL.topk(min(neighbours, math.isqrt(len(lent_LD))), largest=False).indices
             borrowed_BD = lent_LD[nearest_BC].mean(1)

@@ -140,4 +140,6 @@ def test_who_scores_all_of_a_group_alike_tells_nothing_of_it():
     found = measure.judged(y_N[None], p_PN[None], torch.arange(600), group_N, ("A", "B"), 30)
     assert found.raw_GP[1, 0] == 0.5
     assert found.shrunk_GP[1, 0] < 0.6
+    few = measure.judged(y_N[None], p_PN[None], torch.arange(600) // 10, group_N, ("A", "B"), 30)
+    assert few.shrunk_GP[1, 0] > found.shrunk_GP[1, 0], "ten images of a patient do not tell as much as ten patients"
     assert found.raw_GP[0, 0] > 0.8
